@@ -1,0 +1,67 @@
+"""megahf: Megatron checkpoints as Hugging Face models."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .export import convert
+    from .load import from_megatron
+    from .models.configuration_mcore import McoreGPTConfig
+    from .models.modeling_mcore_gpt import McoreGPTForCausalLM, McoreGPTModel
+    from .verify import verify
+
+# Public names and the module that has each: imported when first asked for, so that the command line starts at once.
+PUBLIC = {
+    "convert": "export",
+    "verify": "verify",
+    "from_megatron": "load",
+    "McoreGPTConfig": "models.configuration_mcore",
+    "McoreGPTModel": "models.modeling_mcore_gpt",
+    "McoreGPTForCausalLM": "models.modeling_mcore_gpt",
+}
+
+__all__ = [
+    "McoreGPTConfig",
+    "McoreGPTForCausalLM",
+    "McoreGPTModel",
+    "__version__",
+    "convert",
+    "from_megatron",
+    "register",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'megahf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{PUBLIC[name]}", __name__), name)
+    if "transformers" in sys.modules:
+        register()
+    return value
+
+
+def register() -> None:
+    """Makes transformers' Auto classes know the models, so that no code of a repository is run.
+
+    Done at `import megahf` where transformers is imported already, else when a class or `from_megatron` is first used.
+    """
+    import transformers
+
+    from .models import modeling_mcore_gpt
+    from .models.configuration_mcore import McoreGPTConfig
+
+    transformers.AutoConfig.register(McoreGPTConfig.model_type, McoreGPTConfig, exist_ok=True)
+    for auto, place in modeling_mcore_gpt.McoreGPTForCausalLM.auto_map.items():
+        if auto != "AutoConfig":
+            model = getattr(modeling_mcore_gpt, place.split(".")[1])
+            getattr(transformers, auto).register(McoreGPTConfig, model, exist_ok=True)
+
+
+if "transformers" in sys.modules:
+    register()

@@ -1,0 +1,308 @@
+"""The second table: Megatron's arguments and the config fields they become.
+
+A row is (argument names, newest first; config field; default; how the value is read). An argument that changes the
+mathematics in a way that is not built is refused by name. The rules follow `core_transformer_config_from_args`
+(megatron/training/argument_utils.py) and `gpt_builder` (gpt_builders.py) of Megatron-LM, 2026, quirks included: what
+counts is the function that was trained, not the option that was meant.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import SimpleNamespace
+from typing import Any
+
+from .errors import Problems, refuse
+from .layouts import Grid, stage_count
+
+Args = Mapping[str, Any]
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One config field and where it comes from; `read` gets the stored value and all arguments."""
+
+    field: str
+    names: str = ""  # space separated, newest first; empty: the field's own name
+    default: Any = MISSING  # for files that do not record it; MISSING: such a file is refused
+    read: Callable[[Any, Args], Any] = lambda value, args: value
+
+    def spelled(self) -> list[str]:
+        return (self.names or self.field).split()
+
+
+def ffn_hidden_size(value: int | None, args: Args) -> int:
+    """What Megatron fills in when the option is not given: 4h, or two thirds of it in steps of 64 with SwiGLU."""
+    if value is not None:
+        return value
+    four = 4 * args["hidden_size"]
+    return int((four * 2 / 3) / 64) * 64 if args.get("swiglu") else four
+
+
+def num_query_groups(value: int | None, args: Args) -> int:
+    """`num_query_groups` is 1 by default and counts only with `--group-query-attention`."""
+    return value if args.get("group_query_attention") and value else args["num_attention_heads"]
+
+
+def position_embedding_type(value: str, args: Args) -> str:
+    return "rope" if args.get("use_rotary_position_embeddings") else value
+
+
+def activation_func(_: Any, args: Args) -> str:
+    """The function that ran: the fused bias + gelu kernel, on by default with biases, is the tanh approximation."""
+    if args.get("swiglu"):
+        return "silu"
+    if args.get("squared_relu"):
+        return "squared_relu"
+    if args.get("quick_geglu"):
+        return "quick_gelu"
+    fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
+    return "gelu_tanh" if fused else "gelu"
+
+
+def pattern(value: Any, _: Args) -> Any:
+    """A frequency: a number, or a pattern of layers, which some versions store as the text of a Python list."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.isdigit() else expanded(value)
+    except (ValueError, SyntaxError) as error:
+        raise refuse(f"the layer pattern {value!r} is neither a number nor a list", "args") from error
+
+
+def expanded(text: str) -> list[int]:
+    """`([0]*3+[1]*1)*2` as the list it stands for; only lists, `+`, `*` and numbers are understood."""
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.List):
+            return [value(item) for item in node.elts]
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+            left, right = value(node.left), value(node.right)
+            return left + right if isinstance(node.op, ast.Add) else left * right
+        raise ValueError(ast.dump(node))
+
+    return list(value(ast.parse(text, mode="eval").body))
+
+
+def window_size(value: Any, _: Args) -> list[int] | None:
+    pair = list(ast.literal_eval(value)) if isinstance(value, str) else value
+    return None if pair is None or tuple(pair) in ((-1, -1), (-1, 0)) else [int(side) for side in pair]
+
+
+def softmax_scale(value: float | None, args: Args) -> float | None:
+    """muP divides by the head size, not by its root (`TransformerConfig.__post_init__`)."""
+    if value is not None or not args.get("use_mup"):
+        return value
+    base = 1.0 if args.get("mup_base_head_dim") is None else args["mup_base_head_dim"] ** 0.5
+    return float(base / kv_channels(args.get("kv_channels"), args) ** args.get("mup_attn_scale_power", 1.0))
+
+
+def kv_channels(value: int | None, args: Args) -> int:
+    return value or args["hidden_size"] // args["num_attention_heads"]
+
+
+def mup_output_mult(value: float, args: Args) -> float:
+    """Set to 1 / width multiplier unless given (`TransformerConfig.__post_init__`)."""
+    if not args.get("use_mup"):
+        return 1.0
+    width = args["hidden_size"] / (args.get("mup_base_hidden_size") or args["hidden_size"])
+    return 1.0 / width if value == 1.0 else value
+
+
+def number(value: Any, _: Args) -> Any:
+    return None if value is None else float(value)
+
+
+def yarn(default: Any) -> Callable[[Any, Args], Any]:
+    """The defaults that `_apply_yarn_config_from_args` puts where an option is not given."""
+    return lambda value, args: default if value is None else value
+
+
+FIELDS = (
+    Argument("num_layers", "num_layers encoder_num_layers"),
+    Argument("hidden_size"),
+    Argument("ffn_hidden_size", default=None, read=ffn_hidden_size),
+    Argument("num_attention_heads"),
+    Argument("num_query_groups", default=None, read=num_query_groups),
+    Argument("kv_channels", default=None, read=kv_channels),
+    Argument("max_position_embeddings"),
+    Argument("position_embedding_type", default="learned_absolute", read=position_embedding_type),
+    Argument("rotary_base", default=10000, read=number),
+    Argument("rotary_percent", default=1.0),
+    Argument("rotary_interleaved", default=False),
+    Argument("rotary_seq_len_interpolation_factor", default=None, read=number),
+    Argument("use_rope_scaling", default=False),
+    Argument("rope_scaling_factor", default=8.0, read=lambda value, args: 8.0),  # no builder passes the option on
+    Argument("yarn_rotary_scaling_factor", "rotary_scaling_factor", 1.0, yarn(1.0)),
+    Argument("yarn_original_max_position_embeddings", default=None, read=yarn(4096)),
+    Argument("yarn_beta_fast", default=None, read=yarn(32.0)),
+    Argument("yarn_beta_slow", default=None, read=yarn(1.0)),
+    Argument("yarn_mscale", "mscale", 1.0, yarn(1.0)),
+    Argument("yarn_mscale_all_dim", "mscale_all_dim", 0.0, yarn(0.0)),
+    Argument("yarn_correction_range_round_to_int", default=None, read=yarn(True)),
+    Argument("no_rope_freq", default=None, read=pattern),
+    Argument("normalization", default="LayerNorm"),
+    Argument("layernorm_epsilon", "layernorm_epsilon norm_epsilon", 1e-5),
+    Argument("layernorm_zero_centered_gamma", "layernorm_zero_centered_gamma apply_layernorm_1p", False),
+    Argument("add_bias_linear", default=True),
+    Argument("add_qkv_bias", default=False, read=lambda value, args: bool(value or args.get("add_bias_linear", True))),
+    Argument("activation_func", default=None, read=activation_func),
+    Argument("gated_linear_unit", "swiglu", False, lambda value, args: bool(value or args.get("quick_geglu"))),
+    Argument("activation_func_clamp_value", default=None, read=number),
+    Argument("glu_linear_offset", default=0.0),
+    Argument("tie_word_embeddings", "untie_embeddings_and_output_weights", False, lambda value, args: not value),
+    Argument("qk_layernorm", default=False),
+    Argument("qk_l2_norm", default=False),
+    Argument("attention_output_gate", default=False),
+    Argument("softmax_type", default="vanilla"),
+    Argument("softmax_scale", default=None, read=softmax_scale),
+    Argument("window_size", default=None, read=window_size),
+    Argument("window_attn_skip_freq", default=None, read=pattern),
+    Argument("fp32_residual_connection", default=False),
+    Argument("mup_embedding_mult", default=1.0, read=lambda value, args: value if args.get("use_mup") else 1.0),
+    Argument("mup_output_mult", default=1.0, read=mup_output_mult),
+    Argument("attention_dropout", default=0.1),
+    Argument("hidden_dropout", default=0.1),
+    Argument("init_method_std", default=0.02),
+)
+
+OFF = (None, False, 0, "", "None")
+
+# Arguments that change the mathematics beyond what is built: (name, values that do not, what it is).
+REFUSED = (
+    ("num_experts", OFF, "a mixture of experts, which is not supported yet"),
+    ("multi_latent_attention", OFF, "multi-latent attention, which is not supported yet"),
+    ("mtp_num_layers", OFF, "multi-token prediction, which is not supported yet"),
+    ("is_hybrid_model", OFF, "a hybrid Mamba model, which is not supported yet"),
+    ("hybrid_layer_pattern", OFF, "a hybrid Mamba model, which is not supported yet"),
+    ("hybrid_override_pattern", OFF, "a hybrid Mamba model, which is not supported yet"),
+    ("experimental_attention_variant", OFF, "an experimental attention"),
+    ("linear_attention_freq", OFF, "linear attention"),
+    ("heterogeneous_layers_config_path", OFF, "layers that differ from one another"),
+    ("heterogeneous_layers_config_encoded_json", OFF, "layers that differ from one another"),
+    ("enable_mhc_connections", OFF, "hyper-connections"),
+    ("enable_hyper_connections", OFF, "hyper-connections"),
+    ("position_embedding_type", ("learned_absolute", "rope", "yarn", "none"), "a position embedding that is not built"),
+    ("softmax_type", ("vanilla", "off-by-one", "learnable"), "a softmax that is not built"),
+    ("normalization", ("LayerNorm", "RMSNorm"), "a normalization that is not built"),
+    ("spec", OFF, "layers from a module of your own"),
+    ("use_legacy_models", OFF, "a model from before megatron-core"),
+    ("retro_add_retriever", OFF, "a RETRO model"),
+    ("fp8_param_gather", OFF, "weights in fp8"),
+    ("fp8_param", OFF, "weights in fp8"),
+    ("fp4_param_gather", OFF, "weights in fp4"),
+)  # fmt: skip
+
+
+@cache
+def known() -> frozenset[str]:
+    """The arguments Megatron-LM has (2026): those that no row reads are known not to change the function."""
+    text = resources.files("megahf").joinpath("arguments.json").read_text()
+    return frozenset(json.loads(text)) | {name for row in FIELDS for name in row.spelled()} | {r[0] for r in REFUSED}
+
+
+def unknown(args: Args) -> list[str]:
+    """Arguments that neither a row nor the list of known ones names; reported, and refused under `--strict`."""
+    return sorted(set(args) - known())
+
+
+def problems(args: Args) -> Problems:
+    """Everything in `args` that the model classes cannot compute, and everything they need that is not there."""
+    found = Problems()
+    for name, harmless, meaning in REFUSED:
+        if name in args and args[name] not in harmless:
+            found.add(f"--{name.replace('_', '-')} {args[name]} is {meaning}", "args")
+    window = window_size(args.get("window_size"), args)
+    if window is not None and window[1] != 0:
+        found.add(f"--window-size {window} looks ahead; only (left, 0) is causal", "args")
+    for row in FIELDS:
+        if row.default is MISSING and stored(row, args) is MISSING:
+            found.add(
+                f"the args do not say {row.field}", "args", "the checkpoint was not written by Megatron's trainer"
+            )
+    return found
+
+
+def stored(row: Argument, args: Args) -> Any:
+    return next((args[name] for name in row.spelled() if args.get(name) is not None), row.default)
+
+
+def fields(args: Args) -> dict[str, Any]:
+    """The config fields that `args` stand for, all but `vocab_size`; refuses what is not built."""
+    problems(args).raise_if_any()
+    return {row.field: row.read(stored(row, args), args) for row in FIELDS}
+
+
+def config(args: Args, vocab_size: int) -> SimpleNamespace:
+    """The config as the tables read it, without transformers."""
+    return SimpleNamespace(vocab_size=vocab_size, **fields(args))
+
+
+def grid(args: Args, chunks: int | None = None) -> Grid:
+    """The writer's ranks. `chunks`: model chunks seen in a file, which settles what old args leave open."""
+    pipeline = args.get("pipeline_model_parallel_size") or 1
+    layout = args.get("pipeline_model_parallel_layout")
+    layout = layout if isinstance(layout, str) and pipeline > 1 else None
+    virtual = args.get("virtual_pipeline_model_parallel_size") or 1
+    return Grid(
+        tensor=args.get("tensor_model_parallel_size") or 1,
+        pipeline=pipeline,
+        virtual=chunks or (stage_count(layout) // pipeline if layout else virtual),
+        expert=args.get("expert_model_parallel_size") or 1,
+        expert_tensor=args.get("expert_tensor_parallel_size") or args.get("tensor_model_parallel_size") or 1,
+        first=0 if args.get("standalone_embedding_stage") else given(args, "first", pipeline),
+        last=given(args, "last", pipeline),
+        embedding=bool(args.get("account_for_embedding_in_pipeline_split")) and pipeline > 1,
+        loss=bool(args.get("account_for_loss_in_pipeline_split")) and pipeline > 1,
+        layout=layout,
+    )
+
+
+def given(args: Args, end: str, pipeline: int) -> int | None:
+    """Layers of the first or last stage, when set by hand."""
+    value: int | None = args.get(f"decoder_{end}_pipeline_num_layers")
+    return value if pipeline > 1 else None
+
+
+def vocabulary(args: Args, rows: int, asked: int | None = None, tokenizer: int | None = None) -> tuple[int, str]:
+    """The true vocabulary size and how it is known; `rows` are what the embedding stores, padding at the end.
+
+    Asked for on the command line, else the tokenizer's, else the args' `vocab_size`, else all rows.
+    """
+    for size, source in (
+        (asked, "as asked for"),
+        (tokenizer, "the tokenizer's"),
+        (args.get("vocab_size"), "from the args"),
+    ):
+        if size is None:
+            continue
+        if not 0 < size <= rows:
+            raise refuse(
+                f"a vocabulary of {size} ({source}) does not fit the {rows} rows stored",
+                "embedding.word_embeddings.weight",
+                f"give --true-vocab-size N with N at most {rows}",
+            )
+        return int(size), source
+    return rows, "unknown: all rows kept, padding included"
+
+
+def notes(args: Args) -> list[str]:
+    """What is worth saying about how `args` were read."""
+    said = []
+    if args.get("use_rope_scaling") and args.get("rope_scaling_factor", 8.0) != 8.0:
+        said.append(
+            f"rope_scaling_factor {args['rope_scaling_factor']} has no effect: Megatron's builders always run 8"
+        )
+    if args.get("rotary_seq_len_interpolation_factor") is not None:
+        said.append("rotary_seq_len_interpolation_factor is applied, though Megatron's gpt_builders of 2026 drop it")
+    return said

@@ -1,0 +1,259 @@
+"""Runs a plan in bounded memory: weights pass through fixed buffers, a piece at a time, whatever the model's size.
+
+A piece is a run of rows of one weight that fits the buffer. Its bytes are read with `pread` from where the tiles lie,
+put in place, checked (the zip's CRC over what was read, equality with every other copy that is stored, finite numbers)
+and digested, and handed to the sink: a safetensors file, or the memory of a parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import dtypes
+from .checkpoint.mapped import Entry, Files, MappedFile
+from .crc import combine
+from .errors import Problems, refuse
+from .plan import Copy
+from .tiles import Tile, Tiled
+
+BUFFER = 4 << 20  # bytes of a piece; two threads with this much were seen to beat `cp`
+THREADS = 2
+
+Sink = Callable[[Copy, int, np.ndarray], None]  # weight, byte offset in it, the bytes
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is looked at while the bytes pass."""
+
+    checksums: bool = True  # CRCs of the source, digests of the weights
+    refuse_nonfinite: bool = False
+
+
+@dataclass
+class Ledger:
+    """Which bytes of which stored run were read, and their CRCs: the account that every source byte passed."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    read: dict[tuple[str, int], dict[int, tuple[int, int]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def note(self, file: MappedFile, offset: int, piece: np.ndarray) -> None:
+        """Remember the CRC of the bytes `piece`, read at `offset` of `file`."""
+        entry = file.entry_at(offset)
+        if entry is None or entry.crc is None:
+            return
+        crc = zlib.crc32(piece)
+        with self.lock:
+            self.read[str(file.path), entry.offset][offset] = (piece.nbytes, crc)
+
+    def dump(self) -> list[list[int | str]]:
+        """As rows that JSON takes."""
+        return [[*run, at, *piece] for run, pieces in self.read.items() for at, piece in pieces.items()]
+
+    def load(self, rows: list[list[int | str]]) -> None:
+        for path, run, at, size, crc in rows:
+            self.read[str(path), int(run)][int(at)] = (int(size), int(crc))
+
+    def settle(self, file: MappedFile, entry: Entry, buffer: np.ndarray) -> bool:
+        """Whether the pieces of `entry` make its CRC; bytes that no weight took (padding) are read for it here."""
+        pieces = self.read.get((str(file.path), entry.offset), {})
+        at, crc, end = entry.offset, 0, entry.offset + entry.size
+        for start in [*sorted(pieces), end]:
+            while at < start:
+                size = min(start - at, buffer.nbytes)
+                crc = combine(crc, zlib.crc32(pread(file, at, buffer[:size])), size)
+                at += size
+            if start == at and start != end:
+                size, piece = pieces[start]
+                crc = combine(crc, piece, size)
+                at += size
+        return at == end and crc == entry.crc
+
+
+def run(
+    copies: Sequence[Copy],
+    files: Files,
+    sink: Sink,
+    checks: Checks,
+    ledger: Ledger,
+    progress: Callable[[int], None] = lambda size: None,
+) -> dict[str, str]:
+    """Moves `copies` to `sink` on a few threads; gives each weight's blake3 digest (none without checksums).
+
+    Raises:
+        Refused: a copy that differs, a number that does not fit or is not finite, a source that ends too early.
+    """
+    work = list(copies)[::-1]
+    digests: dict[str, str] = {}
+    problems, stop = Problems(), threading.Event()
+
+    def worker() -> None:
+        pieces = Pieces(files, checks, ledger)
+        while work and not stop.is_set():
+            try:
+                copy = work.pop()
+            except IndexError:
+                return
+            digests[copy.name] = move(copy, pieces, sink, checks, problems, progress)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = [pool.submit(worker) for _ in range(min(THREADS, len(work)))]
+        done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+        stop.set()
+    for future in done:
+        future.result()
+    problems.raise_if_any()
+    return digests if checks.checksums else {}
+
+
+def move(
+    copy: Copy, pieces: Pieces, sink: Sink, checks: Checks, problems: Problems, progress: Callable[[int], None]
+) -> str:
+    """One weight, piece by piece; its digest."""
+    from blake3 import blake3
+
+    digest, offset = blake3(), 0
+    for box in boxes(copy.shape, max(copy.dtype.itemsize, copy.array.dtype.itemsize)):
+        values = pieces.gather(inside(copy.array, box), 0)
+        for where, array in copy.same:
+            if not np.array_equal(values.view(np.uint8), pieces.gather(inside(array, box), 1).view(np.uint8)):
+                problems.add("stored twice and not equal", f"{copy.name}, also in {where}", "the checkpoint is damaged")
+                return ""
+        data = cast(copy, values, checks)
+        if checks.checksums:
+            digest.update(data)
+        sink(copy, offset, data)
+        offset += data.nbytes
+        progress(data.nbytes)
+    return digest.hexdigest()
+
+
+def cast(copy: Copy, values: np.ndarray, checks: Checks) -> np.ndarray:
+    """`values` in the target's number format, as bytes; a number that becomes infinite is refused."""
+    narrow = copy.dtype != values.dtype
+    target = values.astype(copy.dtype) if narrow else values
+    if (narrow or checks.refuse_nonfinite) and dtypes.is_float(copy.dtype) and not np.isfinite(target).all():
+        if np.isfinite(values).all():
+            largest = float(np.abs(values.astype(np.float64)).max())
+            raise refuse(f"{largest:g} does not fit {copy.dtype.name}", copy.name, "convert with --dtype bf16 or fp32")
+        if checks.refuse_nonfinite:
+            bad = int(values.size - np.isfinite(values).sum())
+            raise refuse(f"{bad} numbers are NaN or infinite", copy.name, "leave --refuse-nonfinite out to keep them")
+    return target.reshape(-1).view(np.uint8)
+
+
+Box = tuple[tuple[int, int], ...]  # (start, length) along each axis
+
+
+def boxes(shape: tuple[int, ...], itemsize: int, size: int = BUFFER) -> Iterator[Box]:
+    """`shape` in C order as boxes of at most `size` bytes, each one a run of rows."""
+    axis, row = len(shape), itemsize
+    while axis > 0 and row * shape[axis - 1] <= size:
+        axis -= 1
+        row *= shape[axis]
+    if axis == 0:
+        yield tuple((0, length) for length in shape)
+        return
+    step = max(size // row, 1)
+    inner = tuple((0, length) for length in shape[axis:])
+    for outer in np.ndindex(*shape[: axis - 1]):
+        for start in range(0, shape[axis - 1], step):
+            yield (*((i, 1) for i in outer), (start, min(step, shape[axis - 1] - start)), *inner)
+
+
+def inside(array: Tiled, box: Box) -> Tiled:
+    for axis, (start, length) in enumerate(box):
+        if length != array.shape[axis]:
+            array = array.narrow(axis, start, length)
+    return array
+
+
+class Pieces:
+    """Reads pieces of lazy arrays into buffers of its own: one for the weight, one for a copy of it, one to spare."""
+
+    def __init__(self, files: Files, checks: Checks, ledger: Ledger) -> None:
+        self.files, self.checks, self.ledger = files, checks, ledger
+        self.buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self.spare = np.empty(0, np.uint8)
+
+    def gather(self, array: Tiled, buffer: int) -> np.ndarray:
+        """The values of `array` in buffer number `buffer`."""
+        if self.buffers[buffer].nbytes < array.nbytes:
+            self.buffers[buffer] = np.empty(array.nbytes, np.uint8)
+        values = self.buffers[buffer][: array.nbytes].view(array.dtype).reshape(array.shape)
+        for tile in array.tiles:
+            self.fetch(tile, values)
+        return values
+
+    def fetch(self, tile: Tile, values: np.ndarray) -> None:
+        """One tile to its place: straight into it where both sides are one run of bytes, else by way of the spare."""
+        target = values[tuple(slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))]
+        file, offset = self.files.locate(tile.view)
+        size = span(tile.view)
+        direct = size == tile.view.nbytes == target.nbytes and target.flags.c_contiguous and in_order(tile.view)
+        if direct:
+            raw = pread(file, offset, target.reshape(-1).view(np.uint8))
+        else:
+            if self.spare.nbytes < size:
+                self.spare = np.empty(size, np.uint8)
+            raw = pread(file, offset, self.spare[:size])
+        if self.checks.checksums:
+            self.ledger.note(file, offset, raw)
+        if not direct:
+            shape, strides = tile.view.shape, tile.view.strides
+            np.copyto(target, np.ndarray(shape, tile.view.dtype, buffer=raw, strides=strides))
+
+
+def span(view: np.ndarray) -> int:
+    """Bytes from the first element of `view` to the end of its last."""
+    steps = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
+    return steps + view.itemsize if view.size else 0
+
+
+def in_order(view: np.ndarray) -> bool:
+    return bool(view.flags.c_contiguous)
+
+
+def pread(file: MappedFile, offset: int, into: np.ndarray) -> np.ndarray:
+    """Fills `into` with the bytes at `offset`."""
+    view, done = memoryview(into), 0
+    while done < len(view):
+        got = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if got == 0:
+            raise refuse(f"the file ends at byte {offset + done}", file.path, "it was cut short while it was read")
+        done += got
+    return into
+
+
+def settle(files: Files, used: Sequence[Copy], ledger: Ledger) -> None:
+    """Refuses when the bytes that passed do not make the CRCs that the zip files recorded."""
+    problems, buffer = Problems(), np.empty(BUFFER, np.uint8)
+    seen: set[tuple[str, int]] = set()
+    for copy in used:
+        for array in (copy.array, *(same for _, same in copy.same)):
+            for _, view in array.tiles:
+                file, offset = files.locate(view)
+                entry = file.entry_at(offset)
+                if entry is None or entry.crc is None or (str(file.path), entry.offset) in seen:
+                    continue
+                seen.add((str(file.path), entry.offset))
+                if not ledger.settle(file, entry, buffer):
+                    problems.add(
+                        f"CRC-32 of {copy.name} is wrong", f"{entry.name} in {file.path}", "the file is damaged"
+                    )
+    problems.raise_if_any()
+
+
+def memory_bound(copies: Sequence[Copy]) -> int:
+    """An upper bound in bytes for the buffers a run of `copies` takes."""
+    widest = max((math.prod(copy.shape[-1:]) * copy.array.dtype.itemsize for copy in copies), default=0)
+    return THREADS * 4 * max(BUFFER, widest)

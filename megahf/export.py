@@ -1,0 +1,140 @@
+"""Megatron to Hugging Face: a checkpoint becomes a folder that `AutoModelForCausalLM` loads; no model is built."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import open_checkpoint
+from .checkpoint.safetensors import INDEX, Shard, index, parse_size, shards
+from .errors import refuse
+from .execute import Checks, Ledger, run, settle
+from .folder import small_files, tokenizer_size
+from .plan import Copy, Plan, build
+from .staging import Staging, explained
+
+Progress = Callable[[int], None]
+MAX_SHARD_SIZE = "5GB"
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    true_vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    strict: bool = False,
+    refuse_nonfinite: bool = False,
+    checksums: bool = True,
+    overwrite: bool = False,
+    progress: Progress = lambda size: None,
+) -> Plan:
+    """Converts the checkpoint at `source` into the folder `target`; gives the plan that was carried out.
+
+    Args:
+        dtype: `bf16`, `fp16` or `fp32` for the weights; as stored by default.
+        max_shard_size: of a safetensors file, like `5GB`.
+        true_vocab_size: rows of the vocabulary to keep; else the tokenizer's size, else what the args say.
+        tokenizer: a folder with a saved tokenizer, whose files go along.
+        strict: refuse arguments that are not known to leave the function as it is.
+        refuse_nonfinite: refuse NaN and infinity.
+        checksums: check the source's CRCs and digest every weight.
+        overwrite: replace `target`.
+        progress: called with the number of bytes each time some were written.
+
+    Raises:
+        Refused: with every reason found; nothing is left behind.
+    """
+    plan = plan_for(source, dtype, true_vocab_size, tokenizer, strict)
+    carry_out(plan, Path(target), max_shard_size, tokenizer, Checks(checksums, refuse_nonfinite), overwrite, progress)
+    return plan
+
+
+def plan_for(
+    source: str | Path,
+    dtype: str | None = None,
+    true_vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    strict: bool = False,
+) -> Plan:
+    """What `convert` would do."""
+    size = tokenizer_size(Path(tokenizer)) if tokenizer else None
+    plan = build(open_checkpoint(source), dtype=dtype, true_vocab_size=true_vocab_size, tokenizer_size=size)
+    if strict and plan.unknown_arguments:
+        raise refuse(
+            f"{len(plan.unknown_arguments)} arguments are not known to leave the function as it is",
+            ", ".join(plan.unknown_arguments),
+            "leave --strict out to have them only reported",
+        )
+    return plan
+
+
+def carry_out(
+    plan: Plan,
+    target: Path,
+    max_shard_size: str | int,
+    tokenizer: str | Path | None,
+    checks: Checks,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """Executes `plan` into `target`, taking up what an earlier run of the same plan staged."""
+    files = shards(sorted(plan.copies, key=lambda copy: natural(copy.runtime)), parse_size(max_shard_size))
+    ledger, digests = Ledger(), dict[str, str]()
+    recipe = f"{plan.digest} {[shard.file for shard in files]} {checks}"
+    with Staging(target, recipe, sum(shard.nbytes for shard in files), overwrite) as staging:
+        for shard in files:
+            record = staging.done(shard.file)
+            if record is None:
+                record = write(shard, staging, plan, checks, progress)
+                staging.note(shard.file, record)
+            else:
+                progress(sum(copy.nbytes for copy in shard.weights))
+            ledger.load(record["ledger"])
+            digests.update(record["digests"])
+        if checks.checksums:
+            settle(plan.checkpoint.files, plan.copies, ledger)
+        small = small_files(plan, digests, Path(tokenizer) if tokenizer else None)
+        if len(files) > 1:
+            small[INDEX] = index(files)
+        staging.commit(small)
+
+
+def write(shard: Shard[Copy], staging: Staging, plan: Plan, checks: Checks, progress: Progress) -> dict[str, Any]:
+    """One safetensors file; what to remember of it."""
+    ledger = Ledger()
+    with explained(staging.target), staging.writing(shard.file, shard.nbytes) as fd:
+
+        def sink(copy: Copy, offset: int, data: np.ndarray) -> None:
+            write_all(fd, data, shard.offsets[copy.name] + offset)
+
+        write_all(fd, np.frombuffer(shard.header, np.uint8), 0)
+        digests = run(shard.weights, plan.checkpoint.files, sink, checks, ledger, progress)
+    return {"nbytes": shard.nbytes, "digests": digests, "ledger": ledger.dump()}
+
+
+def write_all(fd: int, data: np.ndarray, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10: the order in which `save_pretrained` fills its shards."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def read_provenance(folder: Path) -> dict[str, object]:
+    """The `megahf.json` of a converted folder."""
+    path = folder / "megahf.json"
+    if not path.exists():
+        raise refuse("no megahf.json: not a folder that megahf converted", folder)
+    record: dict[str, object] = json.loads(path.read_text())
+    return record

@@ -1,0 +1,147 @@
+"""The small files of a Hub-ready folder: config, generation config, code, tokenizer, and where it all came from.
+
+Written without transformers, and what transformers itself would write from the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__, dtypes
+from .errors import refuse
+from .plan import Plan
+
+MODELS = Path(__file__).with_name("models")
+
+# What the Auto classes find in the folder; the model classes say the same when they save.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mcore.McoreGPTConfig",
+    "AutoModel": "modeling_mcore_gpt.McoreGPTModel",
+    "AutoModelForCausalLM": "modeling_mcore_gpt.McoreGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mcore_gpt.McoreGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mcore_gpt.McoreGPTForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_mcore_gpt.McoreGPTForQuestionAnswering",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
+)  # fmt: skip
+
+
+def small_files(plan: Plan, digests: Mapping[str, str], tokenizer: Path | None) -> dict[str, bytes]:
+    """Every file of the folder but the weights and their index."""
+    special = special_tokens(tokenizer) if tokenizer else {}
+    files = (
+        {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES if (tokenizer / name).exists()}
+        if tokenizer
+        else {}
+    )
+    files |= {path.name: path.read_bytes() for path in code()}
+    files["config.json"] = as_json(config_json(plan, special))
+    files.setdefault("generation_config.json", as_json(generation_json(special)))
+    files["megahf.json"] = as_json(provenance(plan, digests))
+    return files
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+@cache
+def code() -> tuple[Path, ...]:
+    """The modeling file and all that it imports from beside it."""
+    wanted, seen = ["modeling_mcore_gpt"], {}
+    while wanted:
+        name = wanted.pop()
+        if name not in seen:
+            seen[name] = MODELS / f"{name}.py"
+            wanted += re.findall(r"^\s*from\s+\.(\w+)\s+import", seen[name].read_text(), re.MULTILINE)
+    return tuple(sorted(seen.values()))
+
+
+def config_json(plan: Plan, special: Mapping[str, int]) -> dict[str, Any]:
+    stored = Counter(dtypes.TORCH_NAME[copy.dtype] for copy in plan.copies)
+    return {
+        "architectures": ["McoreGPTForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "model_type": "mcore_gpt",
+        "dtype": stored.most_common(1)[0][0],
+        "transformers_version": transformers_version(),
+        "use_cache": True,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **vars(plan.config),
+        **special,
+    }
+
+
+def generation_json(special: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "_from_model_config": True,
+        "output_attentions": False,
+        "output_hidden_states": False,
+        "transformers_version": transformers_version(),
+        "use_cache": True,
+        **special,
+    }
+
+
+@cache
+def transformers_version() -> str:
+    return metadata.version("transformers")
+
+
+def provenance(plan: Plan, digests: Mapping[str, str]) -> dict[str, Any]:
+    """`megahf.json`: what was converted, by what, and a digest of every weight."""
+    checkpoint = plan.checkpoint
+    return {
+        "megahf": __version__,
+        "source": {
+            "name": checkpoint.path.name,
+            "format": checkpoint.format,
+            "iteration": checkpoint.iteration,
+            "checkpoint_version": checkpoint.version,
+            "layout": {name: value for name, value in asdict(plan.grid).items() if value is not None},
+        },
+        "vocabulary": {"size": plan.config.vocab_size, "padding_left_out": plan.padding, "size_known": plan.vocabulary},
+        "left_out": plan.left_out,
+        "unknown_arguments": plan.unknown_arguments,
+        "notes": plan.notes,
+        "digest": "blake3 of each weight's bytes",
+        "weights": dict(sorted(digests.items())),
+    }
+
+
+def tokenizer_size(folder: Path) -> int:
+    """One more than the largest token id of the tokenizer saved in `folder`."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise refuse("no tokenizer.json", folder, "save the tokenizer there with save_pretrained of a fast tokenizer")
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
+    return 1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens", ()))])
+
+
+def special_tokens(folder: Path) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer saved in `folder`."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in ids:
+            found[f"{name}_id"] = ids[token]
+    return found

@@ -1,0 +1,196 @@
+"""`inspect`: what a checkpoint holds, on one page; no weight is read and nothing is refused before it is shown."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import dtypes
+from .arguments import grid
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import Refused
+from .layouts import layers
+from .plan import Plan, build
+from .weights import weights
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Report = dict[str, Any]
+
+
+def inspect(path: str | Path, true_vocab_size: int | None = None) -> Report:
+    """What `megahf inspect --json` prints: plain data; `refused` lists what stands in the way of a conversion."""
+    checkpoint = open_checkpoint(path)
+    report = header(checkpoint)
+    try:
+        plan = build(checkpoint, true_vocab_size=true_vocab_size)
+    except Refused as error:
+        report["refused"] = str(error).splitlines()
+        return report
+    return report | contents(plan)
+
+
+def header(checkpoint: Checkpoint) -> Report:
+    """What is known before the table is walked."""
+    ranks = grid(checkpoint.args)
+    return {
+        "checkpoint": str(checkpoint.path),
+        "format": checkpoint.format,
+        "iteration": checkpoint.iteration if checkpoint.iteration is not None else "release",
+        "checkpoint_version": checkpoint.version,
+        "written_by": str(ranks),
+        "files": len(checkpoint.files),
+        "bytes_on_disk": sum(file.size for file in checkpoint.files),
+        "refused": [],
+    }
+
+
+def contents(plan: Plan) -> Report:
+    """The model: config, weights by row of the table, stages, what is left out."""
+    sources = Counter({dtypes.TORCH_NAME[copy.array.dtype]: 0 for copy in plan.copies})
+    for copy in plan.copies:
+        sources[dtypes.TORCH_NAME[copy.array.dtype]] += copy.array.nbytes
+    copies = {copy.name: copy for copy in plan.copies}
+    rows: dict[str, Report] = {}
+    for weight in weights(plan.config):
+        row = rows.setdefault(weight.row.name, row_report(weight.row, weight.shape, copies[weight.name].array.dtype))
+        row["count"] += 1
+        row["bytes"] += copies[weight.name].array.nbytes
+        row["stored_again"] += len(copies[weight.name].same)
+    return {
+        "parameters": sum(math.prod(copy.shape) for copy in plan.copies),
+        "bytes": dict(sources),
+        "config": vars(plan.config),
+        "vocabulary": {"size": plan.config.vocab_size, "padding": plan.padding, "known": plan.vocabulary},
+        "stages": stages(plan),
+        "weights": list(rows.values()),
+        "left_out": plan.left_out,
+        "unknown_arguments": plan.unknown_arguments,
+        "notes": plan.notes,
+    }
+
+
+def row_report(row: Any, shape: tuple[int, ...], dtype: Any) -> Report:
+    blocks = {None: "whole on every rank", 0: "by rows", 1: "by columns"}
+    return {
+        "name": row.name,
+        "shape": list(shape),
+        "letters": row.shape,
+        "cut": blocks[row.cut.dim],
+        "dtype": dtypes.TORCH_NAME[dtype],
+        "count": 0,
+        "bytes": 0,
+        "stored_again": 0,
+    }
+
+
+def stages(plan: Plan) -> list[Report]:
+    """Which layers each pipeline rank's chunks hold."""
+    held = layers(plan.grid, plan.config.num_layers)
+    return [
+        {"pipeline": rank, "chunk": chunk, "layers": [numbers.start, numbers.stop]}
+        for (rank, chunk), numbers in sorted(held.items())
+    ]
+
+
+def page(report: Report) -> None:
+    """Prints `report` as a page."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console.print(f"[bold]{report['checkpoint']}[/bold]")
+    console.print(
+        f"{report['format']}, iteration {report['iteration']}, written by {report['written_by']}: "
+        f"{report['files']} files, {amount(report['bytes_on_disk'])}"
+    )
+    if "config" in report:
+        model(console, report)
+    for reason in report["refused"]:
+        console.print(f"[red]refused:[/red] {reason}")
+
+
+def model(console: Any, report: Report) -> None:
+    kinds = ", ".join(f"{amount(size)} {dtype}" for dtype, size in report["bytes"].items())
+    console.print(f"\n[bold]{report['parameters'] / 1e6:,.1f} M parameters[/bold], {kinds}")
+    console.print(architecture(report["config"]))
+    vocabulary = report["vocabulary"]
+    padding = f", {vocabulary['padding']} rows of padding left out" if vocabulary["padding"] else ""
+    console.print(f"vocabulary of {vocabulary['size']} ({vocabulary['known']}){padding}")
+    console.print(stage_line(report["stages"]) + "\n")
+    console.print(weight_table(report["weights"]))
+    for reason, count in report["left_out"].items():
+        console.print(f"left out: {count} keys, {reason}")
+    for note in report["notes"]:
+        console.print(f"note: {note}")
+    if names := report["unknown_arguments"]:
+        console.print(f"{len(names)} arguments megahf does not know: {', '.join(names)}")
+    console.print("[green]nothing stands in the way of `megahf convert`[/green]")
+
+
+def architecture(config: Report) -> str:
+    """The model in a few lines of words."""
+    heads, groups = config["num_attention_heads"], config["num_query_groups"]
+    kind = "multi-head" if heads == groups else f"{groups} query groups" if groups > 1 else "multi-query"
+    gated = "gated " if config["gated_linear_unit"] else ""
+    norm = config["normalization"] + (" (zero-centred)" if config["layernorm_zero_centered_gamma"] else "")
+    first = (
+        f"{config['num_layers']} layers, hidden {config['hidden_size']}, {heads} heads of {config['kv_channels']} "
+        f"({kind}), MLP {config['ffn_hidden_size']} {gated}{config['activation_func']}"
+    )
+    options = [
+        norm,
+        positions(config),
+        "tied embeddings" if config["tie_word_embeddings"] else "untied embeddings",
+        "biases" if config["add_bias_linear"] else "QKV bias" if config["add_qkv_bias"] else "no biases",
+        *(name.replace("_", " ") for name in ("qk_layernorm", "qk_l2_norm", "attention_output_gate") if config[name]),
+        *([f"softmax {config['softmax_type']}"] if config["softmax_type"] != "vanilla" else []),
+        *([f"window {config['window_size'][0] + 1}"] if config["window_size"] else []),
+    ]
+    return f"{first}\n{', '.join(options)}"
+
+
+def positions(config: Report) -> str:
+    kind = config["position_embedding_type"]
+    if kind in ("rope", "yarn"):
+        part = f", {config['rotary_percent']:.0%} of the channels" if config["rotary_percent"] != 1 else ""
+        scaled = ", llama3 scaling" if config["use_rope_scaling"] else ""
+        return f"{kind} (base {config['rotary_base']:g}{part}{scaled}), {config['max_position_embeddings']} positions"
+    return f"{kind.replace('_', ' ')} positions ({config['max_position_embeddings']})"
+
+
+def stage_line(stages: list[Report]) -> str:
+    """`layers 0-7 | 8-15 | ..` in the order they run, with the pipeline rank where there are several."""
+    if len(stages) == 1:
+        return f"one stage with layers 0-{stages[0]['layers'][1] - 1}"
+    ordered = sorted(stages, key=lambda stage: (stage["chunk"], stage["pipeline"]))
+    return "stages: " + " | ".join(
+        f"pp{stage['pipeline']} {stage['layers'][0]}-{stage['layers'][1] - 1}"
+        if stage["layers"][0] < stage["layers"][1]
+        else f"pp{stage['pipeline']} none"
+        for stage in ordered
+    )
+
+
+def weight_table(rows: list[Report]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, justify in (("weight", "left"), ("shape", "left"), ("cut", "left"), ("dtype", "left"), ("x", "right")):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("size", justify="right")
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, row["cut"], row["dtype"], str(row["count"]), amount(row["bytes"]))
+    return table
+
+
+def amount(size: int) -> str:
+    """Bytes in words."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,180 @@
+"""`from_megatron`: a Megatron checkpoint straight into a model's parameters, with no whole copy on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import dtypes
+from .errors import refuse
+from .execute import BUFFER, Checks, Ledger, run, settle
+from .export import Progress, plan_for
+from .models.configuration_mcore import McoreGPTConfig
+from .models.modeling_mcore_gpt import McoreGPTForCausalLM
+from .plan import Copy, Plan
+from .weights import weights
+
+DeviceMap = str | int | torch.device | Mapping[str, Any] | None
+
+
+def from_megatron(
+    checkpoint: str | Path,
+    cls: type[PreTrainedModel] = McoreGPTForCausalLM,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    true_vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    strict: bool = False,
+    checksums: bool = True,
+    progress: Progress = lambda size: None,
+    **config: Any,
+) -> Any:
+    """The model that the Megatron checkpoint at `checkpoint` holds, in evaluation mode.
+
+    Args:
+        cls: the class to build; a base model without its head leaves the head's weights out.
+        dtype: of the parameters: a torch dtype or `bf16`, `fp16`, `fp32`; as stored by default.
+        device_map: `"cpu"` (default), `"cuda"` or another device, `"auto"` or a map for accelerate, `"meta"` to look only.
+        true_vocab_size, tokenizer, strict, checksums, progress: as for `megahf.convert`.
+        config: fields of the config to set, such as `attn_implementation` or `bos_token_id`.
+
+    Raises:
+        Refused: with every reason found.
+    """
+    plan = plan_for(checkpoint, dtype_name(dtype), true_vocab_size, tokenizer, strict)
+    stored = max((copy for copy in plan.copies), key=lambda copy: copy.nbytes).dtype
+    settings = McoreGPTConfig(**vars(plan.config), dtype=dtypes.TORCH_NAME[stored])
+    with torch.device("meta"):
+        model = cls._from_config(settings, dtype=getattr(torch, dtypes.TORCH_NAME[stored]), **config)
+    if device_map == "meta":
+        return model.eval()
+    devices = place(model, device_map, max_memory)
+    fill(model, plan, devices, Checks(checksums), progress)
+    return dispatch(model.eval(), devices)
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    return str(dtype).removeprefix("torch.") if dtype is not None else None
+
+
+def place(
+    model: PreTrainedModel, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None
+) -> dict[str, Any]:
+    """Module name -> device, as accelerate has it; the whole model under the empty name."""
+    if isinstance(device_map, Mapping):
+        devices = dict(device_map)
+    elif device_map in ("auto", "balanced", "sequential"):
+        from accelerate import infer_auto_device_map
+
+        devices = dict(
+            infer_auto_device_map(
+                model,
+                max_memory=dict(max_memory) if max_memory else None,
+                no_split_module_classes=list(model._no_split_modules or ()),
+            )
+        )
+    else:
+        devices = {"": torch.device(device_map if device_map is not None else "cpu")}
+    if "disk" in devices.values():
+        raise refuse(
+            "the model does not fit into the memory of this machine",
+            f"device_map={device_map!r}",
+            "run `megahf convert`, then from_pretrained with device_map='auto' and an offload_folder",
+        )
+    return devices
+
+
+def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks: Checks, progress: Progress) -> None:
+    """Gives every parameter memory on its device and runs the plan into it; computes what is not stored."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    prefix = "" if plan.copies and hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in list(model.named_parameters()):
+        if name in tied:
+            continue
+        memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device_of(name, devices))
+        replace(model, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+        parameters[prefix + name] = memory
+    copies = [copy for copy in plan.copies if copy.runtime in parameters]
+    if missing := sorted(set(parameters) - {copy.runtime for copy in copies}):
+        raise refuse("the model has weights that the checkpoint has not", ", ".join(missing), "choose another class")
+    ledger = Ledger()
+    run(copies, plan.checkpoint.files, sink(parameters), checks, ledger, progress)
+    if checks.checksums:
+        settle(plan.checkpoint.files, copies, ledger)
+    materialize_buffers(model, devices)
+    model.tie_weights()
+
+
+def sink(parameters: Mapping[str, Tensor]) -> Any:
+    """Writes into parameters; by way of pinned memory where they are on a GPU."""
+    local = threading.local()
+
+    def write(copy: Copy, offset: int, data: np.ndarray) -> None:
+        memory = parameters[copy.runtime]
+        target = memory.detach().view(-1).view(torch.uint8)[offset : offset + data.nbytes]
+        source = torch.from_numpy(data)
+        if memory.is_cuda:
+            if getattr(local, "pinned", None) is None or local.pinned.numel() < data.nbytes:
+                local.pinned = torch.empty(max(BUFFER, data.nbytes), dtype=torch.uint8, pin_memory=True)
+            source = local.pinned[: data.nbytes].copy_(source)
+            target.copy_(source, non_blocking=True)
+            torch.cuda.current_stream(memory.device).synchronize()
+        else:
+            target.copy_(source)
+
+    return write
+
+
+def device_of(name: str, devices: Mapping[str, Any]) -> Any:
+    """The device of the longest module name in the map that `name` is under."""
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        if (module := ".".join(parts[:length])) in devices:
+            return devices[module]
+    raise refuse("the device map has no place for a weight", name, "add it, or give device_map='auto'")
+
+
+def replace(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, value)
+
+
+def materialize_buffers(model: PreTrainedModel, devices: Mapping[str, Any]) -> None:
+    """Buffers are not stored but computed; `_init_weights` of the class computes them, as `from_pretrained` has it."""
+    for name, module in model.named_modules():
+        empty = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for key in empty:
+            module._buffers[key] = torch.empty_like(module._buffers[key], device=device_of(f"{name}.{key}", devices))
+        if empty:
+            model._init_weights(module)
+
+
+def dispatch(model: PreTrainedModel, devices: Mapping[str, Any]) -> PreTrainedModel:
+    if len(set(map(str, devices.values()))) == 1:
+        return model
+    from accelerate import dispatch_model
+
+    dispatched: PreTrainedModel = dispatch_model(model, device_map=dict(devices))
+    return dispatched
+
+
+def canonical_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights under their canonical names, as they go to disk."""
+    state = model.state_dict()
+    prefix = "model." if hasattr(model, model.base_model_prefix) else ""
+    named = {}
+    for weight in weights(model.config):
+        runtime = weight.row.runtime.format(l=weight.layer)
+        key = next(key for key in (prefix + runtime, runtime) if key in state)
+        named[weight.name] = state[key]
+    return named

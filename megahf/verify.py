@@ -1,0 +1,96 @@
+"""`verify`: every weight of a converted folder, derived again from the checkpoint and compared bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .checkpoint.mapped import Files
+from .checkpoint.safetensors import Written, stored
+from .errors import Problems, refuse
+from .execute import Checks, Ledger, pread, run, settle
+from .export import Progress
+from .plan import Copy, build
+from .checkpoint import open_checkpoint
+
+
+class Verified(NamedTuple):
+    """What was compared."""
+
+    weights: int
+    nbytes: int
+    digests: Mapping[str, str]
+
+
+def verify(source: str | Path, folder: str | Path, *, progress: Progress = lambda size: None) -> Verified:
+    """Compares the folder that `convert` wrote with the checkpoint it was made from.
+
+    The weights are read from the safetensors files as they are, and the plan is made anew from `source`; a weight that
+    is missing, extra, of another shape, number format or content is named, all at once.
+
+    Raises:
+        Refused: when anything differs.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = stored(folder, Files())
+    plan = build(open_checkpoint(source), dtype=None, true_vocab_size=config["vocab_size"])
+    problems = Problems()
+    pairs = [pair(copy, weights, problems) for copy in plan.copies]
+    for name in sorted(set(weights) - {copy.name for copy in plan.copies}):
+        problems.add("weights that the checkpoint does not have", name)
+    for name, value in vars(plan.config).items():
+        if name in config and config[name] != value:
+            problems.add(f"config.json says {name} {config[name]!r}, the args {value!r}", folder / "config.json")
+    problems.raise_if_any()
+    return compare([p for p in pairs if p is not None], plan.checkpoint.files, folder, progress)
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise refuse("no config.json: not a converted folder", folder)
+    config: dict[str, object] = json.loads(path.read_text())
+    return config
+
+
+def pair(copy: Copy, weights: Mapping[str, Written], problems: Problems) -> tuple[Copy, Written] | None:
+    """A weight of the plan and what the folder has for it."""
+    written = weights.get(copy.name)
+    if written is None:
+        problems.add("weights missing from the folder", copy.name)
+    elif written.shape != copy.shape:
+        problems.add(f"shape {list(written.shape)}, should be {list(copy.shape)}", copy.name)
+    else:
+        return Copy(copy.name, copy.array, written.dtype, copy.same, copy.runtime), written
+    return None
+
+
+def compare(
+    pairs: list[tuple[Copy, Written]], here: Files, folder: Path, progress: Progress
+) -> Verified:
+    """Runs the plan again, with the folder's bytes to compare with in place of a file to write."""
+    places = {copy.name: written for copy, written in pairs}
+    differing: set[str] = set()
+
+    def sink(copy: Copy, offset: int, data: np.ndarray) -> None:
+        place = places[copy.name]
+        if not np.array_equal(pread(place.file, place.offset + offset, np.empty_like(data)), data):
+            differing.add(copy.name)
+
+    copies, ledger = [copy for copy, _ in pairs], Ledger()
+    digests = run(copies, here, sink, Checks(), ledger, progress)
+    settle(here, copies, ledger)
+    problems = Problems()
+    for name in sorted(differing):
+        problems.add("weights that differ from the checkpoint", name, "convert again")
+    recorded = json.loads((folder / "megahf.json").read_text())["weights"] if (folder / "megahf.json").exists() else {}
+    for name, digest in digests.items():
+        if recorded and recorded.get(name) != digest and name not in differing:
+            problems.add("weights whose digest in megahf.json is another", name)
+    problems.raise_if_any()
+    return Verified(len(copies), sum(copy.nbytes for copy in copies), digests)
