@@ -26,7 +26,7 @@ DeviceMap = str | int | torch.device | Mapping[str, Any] | None
 
 def from_megatron(
     checkpoint: str | Path,
-    cls: type[PreTrainedModel] = McoreGPTForCausalLM,
+    model_class: type[PreTrainedModel] = McoreGPTForCausalLM,
     *,
     dtype: torch.dtype | str | None = None,
     device_map: DeviceMap = None,
@@ -41,9 +41,9 @@ def from_megatron(
     """The model that the Megatron checkpoint at `checkpoint` holds, in evaluation mode.
 
     Args:
-        cls: the class to build; a base model without its head leaves the head's weights out.
+        model_class: what to build; a base model without its head leaves the head's weights out.
         dtype: of the parameters: a torch dtype or `bf16`, `fp16`, `fp32`; as stored by default.
-        device_map: `"cpu"` (default), `"cuda"` or another device, `"auto"` or a map for accelerate, `"meta"` to look only.
+        device_map: `"cpu"` (default), `"cuda"` or another device, `"auto"` or a map for accelerate, `"meta"` to look.
         true_vocab_size, tokenizer, strict, checksums, progress: as for `megahf.convert`.
         config: fields of the config to set, such as `attn_implementation` or `bos_token_id`.
 
@@ -54,7 +54,7 @@ def from_megatron(
     stored = max((copy for copy in plan.copies), key=lambda copy: copy.nbytes).dtype
     settings = McoreGPTConfig(**vars(plan.config), dtype=dtypes.TORCH_NAME[stored])
     with torch.device("meta"):
-        model = cls._from_config(settings, dtype=getattr(torch, dtypes.TORCH_NAME[stored]), **config)
+        model = model_class._from_config(settings, dtype=getattr(torch, dtypes.TORCH_NAME[stored]), **config)
     if device_map == "meta":
         return model.eval()
     devices = place(model, device_map, max_memory)
@@ -96,7 +96,7 @@ def place(
 def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks: Checks, progress: Progress) -> None:
     """Gives every parameter memory on its device and runs the plan into it; computes what is not stored."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    prefix = "" if plan.copies and hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+    prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
     parameters: dict[str, Tensor] = {}
     for name, parameter in list(model.named_parameters()):
         if name in tied:
@@ -111,7 +111,7 @@ def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks:
     run(copies, plan.checkpoint.files, sink(parameters), checks, ledger, progress)
     if checks.checksums:
         settle(plan.checkpoint.files, copies, ledger)
-    materialize_buffers(model, devices)
+    place_buffers(model, devices)
     model.tie_weights()
 
 
@@ -149,14 +149,12 @@ def replace(model: nn.Module, name: str, value: nn.Parameter) -> None:
     setattr(model.get_submodule(module), leaf, value)
 
 
-def materialize_buffers(model: PreTrainedModel, devices: Mapping[str, Any]) -> None:
-    """Buffers are not stored but computed; `_init_weights` of the class computes them, as `from_pretrained` has it."""
+def place_buffers(model: PreTrainedModel, devices: Mapping[str, Any]) -> None:
+    """Buffers are computed from the config when a module is made; they only move."""
     for name, module in model.named_modules():
-        empty = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for key in empty:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device=device_of(f"{name}.{key}", devices))
-        if empty:
-            model._init_weights(module)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device_of(f"{name}.{key}", devices))
 
 
 def dispatch(model: PreTrainedModel, devices: Mapping[str, Any]) -> PreTrainedModel:

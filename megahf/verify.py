@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .checkpoint import open_checkpoint
 from .checkpoint.mapped import Files
 from .checkpoint.safetensors import Written, stored
 from .errors import Problems, refuse
 from .execute import Checks, Ledger, pread, run, settle
 from .export import Progress
 from .plan import Copy, build
-from .checkpoint import open_checkpoint
+
+TOLERANCE = 3e-5  # of fp32 logits, which Megatron's own parallel layouts differ by
 
 
 class Verified(NamedTuple):
@@ -50,11 +52,11 @@ def verify(source: str | Path, folder: str | Path, *, progress: Progress = lambd
     return compare([p for p in pairs if p is not None], plan.checkpoint.files, folder, progress)
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise refuse("no config.json: not a converted folder", folder)
-    config: dict[str, object] = json.loads(path.read_text())
+    config: dict[str, Any] = json.loads(path.read_text())
     return config
 
 
@@ -70,9 +72,7 @@ def pair(copy: Copy, weights: Mapping[str, Written], problems: Problems) -> tupl
     return None
 
 
-def compare(
-    pairs: list[tuple[Copy, Written]], here: Files, folder: Path, progress: Progress
-) -> Verified:
+def compare(pairs: list[tuple[Copy, Written]], here: Files, folder: Path, progress: Progress) -> Verified:
     """Runs the plan again, with the folder's bytes to compare with in place of a file to write."""
     places = {copy.name: written for copy, written in pairs}
     differing: set[str] = set()
@@ -94,3 +94,35 @@ def compare(
             problems.add("weights whose digest in megahf.json is another", name)
     problems.raise_if_any()
     return Verified(len(copies), sum(copy.nbytes for copy in copies), digests)
+
+
+def folder_size(folder: str | Path) -> int:
+    """Bytes of the weights in `folder`, as the bar counts them."""
+    return sum(written.nbytes for written in stored(Path(folder), Files()).values())
+
+
+def verify_logits(source: str | Path, folder: str | Path) -> float:
+    """The largest difference between the fp32 logits of `folder`'s model and of real megatron-core's on `source`.
+
+    Megatron loads the checkpoint itself, by unpickling: only for sources that are trusted.
+
+    Raises:
+        Refused: where megatron-core is not installed, or the difference is above 3e-5.
+    """
+    import torch
+
+    from .judge.bench import Bench, world
+    from .judge.namespace import defaults
+    from .models.modeling_mcore_gpt import McoreGPTForCausalLM
+
+    checkpoint, config = open_checkpoint(source), read_config(Path(folder))
+    arguments = {name: value for name, value in checkpoint.args.items() if name in defaults()}
+    tokens = torch.randint(config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
+    with Bench(world(arguments) if checkpoint.format == "torch" else 1) as bench:
+        theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[..., : config["vocab_size"]]
+    with torch.no_grad():
+        ours = McoreGPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+    difference = float(abs(ours.numpy() - theirs).max())
+    if not difference <= TOLERANCE:
+        raise refuse(f"fp32 logits differ from megatron-core's by {difference:.2e}, more than {TOLERANCE:g}", folder)
+    return difference

@@ -1,0 +1,61 @@
+"""Megatron's own loading, into models of any layout."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from megahf.judge.save import checkpoint_file, metadata, names
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+def sharded(models: list[GPTModel]) -> dict[str, dict[str, Any]]:
+    """The sharded tensors of the models; extra states left out, as local and TE models differ in them alone."""
+    return {
+        name: {
+            key: value
+            for key, value in model.sharded_state_dict(metadata=metadata()).items()
+            if not key.endswith("_extra_state")
+        }
+        for name, model in zip(names(models), models, strict=True)
+    }
+
+
+def save_weights(models: list[GPTModel], folder: Path) -> None:
+    """Weights alone, as a distributed checkpoint that models of every layout and of both layer specs can load."""
+    from megatron.core import dist_checkpointing
+
+    if distributed.get_rank() == 0:
+        folder.mkdir()
+    distributed.barrier()
+    dist_checkpointing.save(dict(sharded(models)), str(folder))
+
+
+def load_weights(models: list[GPTModel], folder: Path) -> None:
+    """Megatron's resharding of a distributed checkpoint into `models`."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(dict(sharded(models)), str(folder))
+    for name, model in zip(names(models), models, strict=True):
+        put(model, loaded[name])
+
+
+def load_file(args: Namespace, models: list[GPTModel], folder: Path) -> None:
+    """This rank's file of a `torch` checkpoint. It is unpickled as Megatron does it: only for files that are trusted."""
+    state = torch.load(checkpoint_file(args, folder), weights_only=False, mmap=True)
+    for name, model in zip(names(models), models, strict=True):
+        put(model, state[name])
+
+
+def put(model: GPTModel, state: dict[str, Any]) -> None:
+    """`load_state_dict` that minds everything but what is no weight."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
+    if wrong:
+        raise KeyError(f"missing or unexpected: {wrong}")

@@ -1,0 +1,165 @@
+"""From `args` to real GPTModels and their logits, the way Megatron-LM's main builds and runs them.
+
+The quirks are Megatron's and kept: `rope_scaling_factor` never reaches the model (its 8 does), the unlabelled gelu is the
+tanh one exactly where `bias_gelu_fusion` is on, `num_query_groups` counts only with `group_query_attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megahf.errors import refuse
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+# `config._apply_yarn_config_from_args` of Megatron's main: the config's name, the argument's, what stands for None.
+YARN = (
+    ("yarn_rotary_scaling_factor", "rotary_scaling_factor", 1.0),
+    ("yarn_original_max_position_embeddings", "yarn_original_max_position_embeddings", 4096),
+    ("yarn_beta_fast", "yarn_beta_fast", 32.0),
+    ("yarn_beta_slow", "yarn_beta_slow", 1.0),
+    ("yarn_mscale", "mscale", 1.0),
+    ("yarn_mscale_all_dim", "mscale_all_dim", 0.0),
+    ("yarn_correction_range_round_to_int", "yarn_correction_range_round_to_int", True),
+)
+
+# What a CPU cannot run as configured: CUDA kernels of the same mathematics, dropout, sixteen-bit weights (the reference
+# is computed in fp32 from weights that a sixteen-bit file holds exactly), overlap of communication.
+ON_CPU: dict[str, Any] = {
+    "params_dtype": torch.float32,
+    "pipeline_dtype": torch.float32,
+    "bf16": False,
+    "fp16": False,
+    "use_cpu_initialization": True,
+    "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "sequence_parallel": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+
+
+def config(args: Namespace) -> TransformerConfig:
+    """`core_transformer_config_from_args` for the fields that this Megatron-core has."""
+    from megatron.core.activations import squared_relu
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+    from megatron.core.transformer import TransformerConfig
+
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    given |= {
+        "deallocate_pipeline_outputs": True,
+        "batch_p2p_comm": not args.overlap_p2p_comm,
+        "num_moe_experts": args.num_experts,
+        "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
+        "num_query_groups": args.num_query_groups if args.group_query_attention else None,
+        "bias_activation_fusion": args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion,
+        "cp_comm_type": args.cp_comm_type[0],
+    }
+    if args.swiglu:
+        given |= {"activation_func": F.silu, "gated_linear_unit": True}
+    elif args.squared_relu:
+        given["activation_func"] = squared_relu
+    elif args.quick_geglu:
+        given |= {"activation_func": quick_gelu, "gated_linear_unit": True}
+    made = TransformerConfig(**(given | ON_CPU))
+    if args.position_embedding_type == "yarn":
+        for name, argument, default in YARN:
+            value = getattr(args, argument)
+            setattr(made, name, default if value is None else value)
+    return made
+
+
+def chunks(args: Namespace) -> list[GPTModel]:
+    """The model chunks of this rank, in evaluation mode; the process group must be started at args' layout."""
+    from megatron.core import parallel_state
+
+    made, rank = config(args), parallel_state.get_pipeline_model_parallel_rank()
+    virtual = args.virtual_pipeline_model_parallel_size
+    stages = range(virtual) if virtual else [None]
+    last_rank, last_stage = args.pipeline_model_parallel_size - 1, stages[-1]
+    return [
+        chunk(args, made, (rank, stage) == (0, stages[0]), (rank, stage) == (last_rank, last_stage), stage).eval()
+        for stage in stages
+    ]
+
+
+def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, stage: int | None) -> GPTModel:
+    """`gpt_builder` with `gpt_config_from_args` of Megatron's main."""
+    from megatron.core.models.gpt import GPTModel
+
+    return GPTModel(
+        config=made,
+        transformer_layer_spec=layer_spec(args, made),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        vp_stage=stage,
+    )
+
+
+def layer_spec(args: Namespace, made: TransformerConfig) -> Any:
+    """Megatron's own spec, and the final norm that goes with it."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    if args.num_experts or args.multi_latent_attention:
+        raise refuse("the judge builds dense models with plain attention only", "", "leave it out for this checkpoint")
+    block: Any = transformer_block
+    if args.transformer_impl == "transformer_engine":
+        block.LayerNormImpl = TENorm
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=made.qk_layernorm, qk_l2_norm=made.qk_l2_norm
+        )
+    block.LayerNormImpl = WrappedTorchNorm  # as where Transformer Engine is not installed: nothing of ours in the model
+    return gpt_layer_specs.get_gpt_layer_local_spec(
+        qk_layernorm=made.qk_layernorm, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm
+    )
+
+
+@torch.no_grad()
+def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+    """Pipelined forward of `[b, s]` tokens: fp32 logits `[b, s, padded vocabulary]` on the last stage, None elsewhere."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+    stages = args.pipeline_model_parallel_size
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks = torch.distributed.get_process_group_ranks(group)
+    hidden = torch.empty(input_ids.shape[1], input_ids.shape[0], args.hidden_size)  # [s, b, h]
+    for step in range(stages * len(models)):
+        turn, stage = divmod(step, stages)
+        last = step == stages * len(models) - 1
+        if stage == rank:
+            model = models[turn]
+            model.set_input_tensor(None if step == 0 else hidden)
+            output = model(input_ids, position_ids, None)
+            if last:
+                return gather_from_tensor_model_parallel_region(output)
+            hidden = output.contiguous()
+        if stages > 1 and not last:
+            torch.distributed.broadcast(hidden, ranks[stage], group=group)
+    return None

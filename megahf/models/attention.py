@@ -1,0 +1,142 @@
+"""Self-attention of Megatron-core: one packed QKV matmul, grouped queries, RoPE, gate, sinks, window.
+
+Which keys a query sees is worked out once a forward by `plan`; the softmax runs through transformers' attention
+interface. Under `sdpa` a prefill never builds a mask over the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layout import Layout, attend
+from .norm import build_qk_norm
+from .rope import rotate
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from .configuration_mcore import McoreGPTConfig
+
+
+class CoreAttention(nn.Module):
+    """Holds what the softmax itself learns: one more logit a head (`softmax_type` "learnable"), a sink of attention."""
+
+    def __init__(self, config: McoreGPTConfig) -> None:
+        super().__init__()
+        self.off_by_one = config.softmax_type == "off-by-one"
+        learnable = config.softmax_type == "learnable"
+        self.softmax_offset = nn.Parameter(torch.zeros(config.num_attention_heads)) if learnable else None
+
+    def forward(self, query: Tensor) -> Tensor | None:
+        """The extra logit of each head `[n]`, or None. `query` is `[b, n, s, d]`."""
+        return query.new_zeros(query.shape[1]) if self.off_by_one else self.softmax_offset
+
+
+class SelfAttention(nn.Module):
+    """`linear_proj(attention(norm(q), norm(k), v))`, with q, k, v from one matmul."""
+
+    is_causal = True  # read by transformers' attention functions, as are the next attributes
+
+    def __init__(self, config: McoreGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.num_key_value_groups = config.num_attention_heads // config.num_query_groups  # query heads a group
+        self.scaling = config.softmax_scale or config.kv_channels**-0.5
+        self.rotary = config.rotary_layers[layer_idx]
+        self.gated = config.attention_output_gate
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        heads = config.num_attention_heads * (2 if self.gated else 1) + 2 * config.num_query_groups
+        # For each group: its query heads | (their gates |) its key | its value.
+        self.linear_qkv = nn.Linear(config.hidden_size, heads * config.kv_channels, bias=config.add_qkv_bias)
+        width = config.num_attention_heads * config.kv_channels
+        self.linear_proj = nn.Linear(width, config.hidden_size, bias=config.add_bias_linear)
+        self.linear_proj.into_residual = True  # initialised narrower
+        self.q_layernorm = build_qk_norm(config)
+        self.k_layernorm = build_qk_norm(config)
+        self.core_attention = CoreAttention(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`hidden` `[b, s, h]` to `[b, s, h]`, and the attention weights where the implementation returns them."""
+        query, key, value, gate = self.project(hidden)
+        if self.rotary:
+            query, key = (rotate(x, *position_embeddings, self.config.rotary_interleaved) for x in (query, key))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [b, heads, s, d]
+        if past_key_values is not None:
+            cached = past_key_values.update(key, value, self.layer_idx)
+            key, value = (key, value) if layout is not None else cached  # a layout is of a prefill: all keys are new
+        out, weights = self.attend(query, key, value, attention_mask, layout, **kwargs)  # [b, s, n, d]
+        out = out.reshape(*hidden.shape[:-1], -1)
+        if gate is not None:
+            out = (out * torch.sigmoid(gate.reshape_as(out).float())).to(out.dtype)
+        return self.linear_proj(out), weights
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries `[b, s, n, d]`, keys and values `[b, s, g, d]`, gates as queries or None."""
+        per_group = self.num_key_value_groups
+        mixed = self.linear_qkv(hidden).unflatten(-1, (-1, per_group * (2 if self.gated else 1) + 2, self.head_dim))
+        query, key, value = mixed[..., :per_group, :], mixed[..., -2, :], mixed[..., -1, :]
+        gate = mixed[..., per_group:-2, :].flatten(2, 3) if self.gated else None
+        query = query.flatten(2, 3)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value, gate
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: Layout | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """softmax(q k' scaling) v through transformers' interface: `[b, n, s, d]` to `[b, s, n, d]`."""
+        implementation = self.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        options = {
+            "scaling": self.scaling,
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "sliding_window": self.sliding_window,
+            **kwargs,
+        }
+        sinks = self.core_attention(query)
+        if implementation == "sdpa":
+            return attend(interface, self, query, key, value, mask, layout, sinks, **options)
+        if sinks is not None:
+            options["s_aux"] = sinks
+        return interface(self, query, key, value, mask, **options)
+
+
+def eager_attention(
+    module: SelfAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as it is written down, softmax in float32; the one that returns its weights `[b, n, s, s_k]`."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # [b, n, s, s_k]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights

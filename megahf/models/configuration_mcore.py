@@ -1,0 +1,232 @@
+"""Configuration of Megatron-core models, in Megatron's own field names.
+
+A field that Megatron's args carry has the args' name; transformers' names (`num_hidden_layers`, `head_dim` ...)
+are aliases. What cannot be a model is refused here, in words, before a weight is allocated.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+POSITION_EMBEDDINGS = ("learned_absolute", "rope", "yarn", "none")
+NORMALIZATIONS = ("LayerNorm", "RMSNorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu", "squared_relu")
+SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
+
+
+@strict
+class McoreGPTConfig(PreTrainedConfig):
+    """A dense Megatron-core GPT. Defaults are Megatron's own command line defaults.
+
+    Fields are grouped as the model is: sizes, positions, norms, attention, MLP, multipliers, training.
+    """
+
+    model_type = "mcore_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_query_groups",
+        "head_dim": "kv_channels",
+        "initializer_range": "init_method_std",
+    }
+
+    vocab_size: int = 50257  # rows of the embedding, without Megatron's padding
+    num_layers: int = 12
+    hidden_size: int = 768
+    ffn_hidden_size: int | None = None  # width of one of the MLP's halves; None: 4 hidden_size
+    num_attention_heads: int = 12
+    num_query_groups: int | None = None  # key/value heads; None: one a head
+    kv_channels: int | None = None  # channels of a head; None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 1024
+
+    position_embedding_type: str = "learned_absolute"
+    rotary_base: float | int = 10000.0
+    rotary_percent: float | int = 1.0  # share of a head's channels that rotate
+    rotary_interleaved: bool = False  # pairs are (even, odd) channels, else (first half, second half)
+    rotary_seq_len_interpolation_factor: float | int | None = None  # positions are divided by it
+    use_rope_scaling: bool = False  # Llama 3.1's rule: low 1, high 4, original context 8192
+    rope_scaling_factor: float | int = 8.0
+    yarn_rotary_scaling_factor: float | int = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float | int = 32.0
+    yarn_beta_slow: float | int = 1.0
+    yarn_mscale: float | int | None = 1.0
+    yarn_mscale_all_dim: float | int | None = 0.0
+    yarn_correction_range_round_to_int: bool = True
+    no_rope_freq: int | list[int] | None = None  # every n-th layer, or 1 for each layer, without RoPE
+
+    normalization: str = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False  # the norm's scale is 1 + weight
+
+    add_bias_linear: bool = True
+    add_qkv_bias: bool | None = None  # None: as add_bias_linear
+    qk_layernorm: bool = False
+    qk_l2_norm: bool = False
+    attention_output_gate: bool = False
+    softmax_type: str = "vanilla"  # off-by-one: one more logit of 0; learnable: one more logit a head, learned
+    softmax_scale: float | int | None = None  # None: 1 / sqrt(kv_channels)
+    window_size: list[int] | tuple[int, ...] | None = None  # [left, right] neighbours a token sees; left -1: all
+    window_attn_skip_freq: int | list[int] | None = None  # every n-th layer full, or 1 for each layer with the window
+
+    activation_func: str = "gelu_tanh"
+    gated_linear_unit: bool = False
+    activation_func_clamp_value: float | int | None = None  # gate at most this, up within +- this
+    glu_linear_offset: float | int = 0.0  # added to up
+
+    tie_word_embeddings: bool = True
+    fp32_residual_connection: bool = False
+    mup_embedding_mult: float | int = 1.0
+    mup_output_mult: float | int = 1.0
+
+    attention_dropout: float | int = 0.1
+    hidden_dropout: float | int = 0.1
+    init_method_std: float | int = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.ffn_hidden_size is None:
+            self.ffn_hidden_size = 4 * self.hidden_size
+        if self.num_query_groups is None:
+            self.num_query_groups = self.num_attention_heads
+        if self.kv_channels is None:
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        self.add_qkv_bias = bool(self.add_qkv_bias or self.add_bias_linear)
+        super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallel cuts the base model; a gated fc1 is `gate | up`, cut in each half."""
+        return {
+            "embedding.word_embeddings": "embedding_rowwise",
+            "decoder.layers.*.self_attention.linear_qkv": "colwise",
+            "decoder.layers.*.self_attention.linear_proj": "rowwise",
+            "decoder.layers.*.mlp.linear_fc1": "packed_colwise" if self.gated_linear_unit else "colwise",
+            "decoder.layers.*.mlp.linear_fc2": "rowwise",
+        }
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens a query of a sliding layer sees, itself included; None without a window."""
+        if self.window_size is None or self.window_size[0] < 0:
+            return None
+        return self.window_size[0] + 1
+
+    @property
+    def layer_types(self) -> list[str]:
+        """`sliding_attention` or `full_attention` for each layer, in transformers' words: its caches go by them."""
+        if self.sliding_window is None:
+            return ["full_attention"] * self.num_layers
+        windowed = layer_pattern(self.window_attn_skip_freq, self.num_layers, every_nth=False)
+        return ["sliding_attention" if window else "full_attention" for window in windowed]
+
+    @property
+    def rotary_layers(self) -> list[bool]:
+        """Whether each layer rotates its queries and keys."""
+        if self.position_embedding_type not in ("rope", "yarn"):
+            return [False] * self.num_layers
+        if not self.no_rope_freq:
+            return [True] * self.num_layers
+        return [not skip for skip in layer_pattern(self.no_rope_freq, self.num_layers, every_nth=True)]
+
+    def validate_architecture(self) -> None:
+        """Sizes that fit together."""
+        for name in ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+            at_least_one(name, getattr(self, name))
+        for name in ("num_query_groups", "kv_channels", "max_position_embeddings"):
+            at_least_one(name, getattr(self, name))
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads cannot be shared out over {self.num_query_groups} "
+                f"query groups: num_attention_heads must be a multiple of num_query_groups"
+            )
+        for name in ("no_rope_freq", "window_attn_skip_freq"):
+            check_layer_pattern(name, getattr(self, name), self.num_layers)
+
+    def validate_choices(self) -> None:
+        """Words that have a meaning."""
+        one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
+        one_of("normalization", self.normalization, NORMALIZATIONS)
+        one_of("activation_func", self.activation_func, ACTIVATIONS)
+        one_of("softmax_type", self.softmax_type, SOFTMAX_TYPES)
+
+    def validate_positions(self) -> None:
+        """RoPE's channels pair up, and its stretches are stretches."""
+        if self.position_embedding_type not in ("rope", "yarn"):
+            return
+        channels = self.rotary_channels
+        if channels < 2 or channels % 2 or channels > self.kv_channels:
+            raise ValueError(
+                f"RoPE turns pairs of channels: {channels} channels (kv_channels {self.kv_channels}, rotary_percent "
+                f"{self.rotary_percent}) must be an even number from 2 to {self.kv_channels}"
+            )
+        if self.position_embedding_type == "yarn" and self.rotary_interleaved:
+            raise ValueError("YaRN has no interleaved form: rotary_interleaved must be false with it, as in Megatron")
+        for name in ("rotary_base", "rope_scaling_factor", "yarn_rotary_scaling_factor"):
+            above_zero(name, getattr(self, name))
+        if self.rotary_seq_len_interpolation_factor is not None:
+            above_zero("rotary_seq_len_interpolation_factor", self.rotary_seq_len_interpolation_factor)
+
+    def validate_window(self) -> None:
+        """A window looks back only: this is a causal model."""
+        if self.window_size is None:
+            return
+        if len(self.window_size) != 2 or self.window_size[1] != 0 or self.window_size[0] < -1:
+            raise ValueError(
+                f"window_size {list(self.window_size)} must be [left, 0] with left >= 0, or -1 for no limit: "
+                f"a causal model sees nothing to the right"
+            )
+
+    def validate_mlp(self) -> None:
+        """A clamp and an offset belong to a gate."""
+        if not self.gated_linear_unit and (self.activation_func_clamp_value is not None or self.glu_linear_offset):
+            raise ValueError(
+                f"activation_func_clamp_value {self.activation_func_clamp_value} and glu_linear_offset "
+                f"{self.glu_linear_offset} act on a gated linear unit only: gated_linear_unit is false"
+            )
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that rotate. YaRN turns all of them, whatever rotary_percent says (as Megatron)."""
+        if self.position_embedding_type == "yarn" or self.rotary_percent >= 1.0:
+            return self.kv_channels
+        return int(self.kv_channels * self.rotary_percent)
+
+
+def layer_pattern(frequency: int | list[int] | None, layers: int, every_nth: bool) -> list[bool]:
+    """A frequency as one flag a layer: a list is the flags, n sets every n-th layer (or every layer but those)."""
+    if frequency is None:
+        return [not every_nth] * layers
+    if isinstance(frequency, int):
+        return [(layer % frequency == 0) == every_nth for layer in range(1, layers + 1)]
+    return [bool(flag) for flag in frequency]
+
+
+def check_layer_pattern(name: str, frequency: int | list[int] | None, layers: int) -> None:
+    if isinstance(frequency, list) and len(frequency) != layers:
+        raise ValueError(f"{name} has {len(frequency)} entries, the model {layers} layers: one entry a layer is needed")
+    if isinstance(frequency, int) and frequency < 1:
+        raise ValueError(f"{name} is {frequency}: a frequency is 1 or more")
+
+
+def at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}: at least 1 is needed")
+
+
+def above_zero(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} is {value}: it must be above 0")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}")
+
+
+McoreGPTConfig.register_for_auto_class()

@@ -1,0 +1,218 @@
+"""Which keys a query sees, and scaled dot-product attention that needs no mask to know it.
+
+A mask over a sequence costs its square. A prefill does without: padding on the left is moved behind the tokens
+(where a causal query never looks) and back afterwards, padding on the right is there already, packed documents are
+attended one by one, a sliding window in bands. transformers' mask helpers serve the rest: decoding (one row of
+keys), chunks after a cache, masks with holes, and every implementation but `sdpa`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+    from transformers.configuration_utils import PreTrainedConfig
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+BAND = 1024  # queries a band of a sliding window holds at least: wide enough to keep a kernel busy
+SINK_CHANNELS = 8  # the sink's channel, and seven zeros that keep rows of bfloat16 aligned for fused kernels
+
+
+class Layout(NamedTuple):
+    """How a prefill's tokens lie in their rows, where a row is not simply one causal sequence.
+
+    Args:
+        order: `[b, s]`, for each place the token that moves there so that padding comes last; None: as they are.
+        back: `[b, s]`, the way back.
+        documents: lengths of packed documents over the flattened rows; None: a row is one document.
+    """
+
+    order: Tensor | None = None
+    back: Tensor | None = None
+    documents: list[int] | None = None
+
+
+def plan(
+    config: PreTrainedConfig,
+    hidden: Tensor,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """A mask for each type of layer (None where none is needed), and what else the attention call is to be told.
+
+    Args:
+        hidden: embeddings `[b, s, h]`.
+        attention_mask: None, `[b, s_k]` (1 a token, 0 padding), `[b, 1, s, s_k]`, or one of those a layer type.
+        position_ids: the caller's own `[b, s]`, None if there are none. Packed documents are seen by them: each
+            starts at 0. Positions that only jump (a rank's part of a longer context) are no documents.
+    """
+    types = sorted(set(config.layer_types))
+    if isinstance(attention_mask, dict):
+        return {kind: attention_mask.get(kind) for kind in types}, {}
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return dict.fromkeys(types, attention_mask), {}
+
+    prefill = hidden.shape[1] > 1 and is_empty(past_key_values)
+    documents = packed_documents(position_ids, len(hidden)) if prefill and attention_mask is None else None
+    if prefill and config._attn_implementation == "sdpa":
+        layout = layout_of(attention_mask, hidden.shape[1]) if documents is None else Layout(documents=documents)
+        if layout is not None:
+            return dict.fromkeys(types), {"layout": layout}
+    arguments = {
+        "config": config,
+        "inputs_embeds": hidden,
+        "attention_mask": attention_mask,
+        # transformers looks for packed documents where there are positions and no cache: only where there are some.
+        "past_key_values": past_key_values if documents is None else None,
+        "position_ids": None if documents is None else position_ids,
+    }
+    masks = {kind: MASKS[kind](**arguments) for kind in types}
+    return masks, {} if documents is None else varlen(documents, hidden.device)
+
+
+def varlen(documents: list[int], device: torch.device) -> dict[str, Any]:
+    """Packed documents as flash attention's variable length functions take them; other implementations ignore it."""
+    edges = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device=device)
+    longest = max(documents)
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
+def is_empty(past_key_values: Cache | None) -> bool:
+    """Whether no token came before; a compiled graph with a static cache cannot know, and says no."""
+    if past_key_values is None:
+        return True
+    length = past_key_values.get_seq_length()
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        return False
+    return int(length) == 0
+
+
+def packed_documents(position_ids: Tensor | None, rows: int) -> list[int] | None:
+    """Lengths of the documents that positions `[b, s]` starting over at 0 show, None for one document a row."""
+    if position_ids is None or torch.compiler.is_compiling():
+        return None
+    starts = position_ids.expand(rows, -1) == 0
+    if not starts[:, 1:].any():
+        return None
+    starts = starts.clone()
+    starts[:, 0] = True
+    edges = starts.flatten().nonzero().flatten().tolist()
+    return [end - start for start, end in zip(edges, [*edges[1:], starts.numel()], strict=True)]
+
+
+def layout_of(attention_mask: Tensor | None, length: int) -> Layout | None:
+    """The layout of rows padded on the left or on the right; None where a mask must be built (holes in a row)."""
+    if attention_mask is None:
+        return Layout()
+    if attention_mask.shape[-1] != length:
+        return None
+    kept = attention_mask.bool()
+    if not torch.compiler.is_compiling():  # a compiled graph cannot look into the mask: it always moves the tokens
+        runs = (kept[:, 1:] & ~kept[:, :-1]).sum(dim=-1) + kept[:, 0]  # stretches of tokens in each row
+        if runs.max() > 1:
+            return None
+        if bool(kept[:, 0].all()):
+            return Layout()
+    order = torch.argsort(~kept, dim=-1, stable=True)
+    return Layout(order, torch.argsort(order, dim=-1))
+
+
+def attend(
+    interface: Callable[..., tuple[Tensor, Tensor | None]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    layout: Layout | None,
+    sinks: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`sdpa` attention over a mask or a layout: `[b, n, s, d]` to `[b, s, n, d]`."""
+
+    def causal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        if sinks is not None:
+            return with_sink(interface, module, query, key, value, mask, sinks, **options)
+        return interface(module, query, key, value, mask, **options)[0]
+
+    if layout is None:
+        return causal(query, key, value, mask), None
+    window = options["sliding_window"]
+    if layout.documents is not None:
+        return by_document(causal, query, key, value, layout.documents, window), None
+    if layout.order is None:
+        return banded(causal, query, key, value, window), None
+    query, key, value = (permute(x.transpose(1, 2), layout.order).transpose(1, 2) for x in (query, key, value))
+    return permute(banded(causal, query, key, value, window), layout.back), None
+
+
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """`x` `[b, s, ...]` with row i's places filled from `order[i]`."""
+    return x[torch.arange(len(x), device=x.device)[:, None], order]
+
+
+def by_document(
+    causal: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None
+) -> Tensor:
+    """Each packed document attends to itself; rows are laid end to end, so `lengths` add up to b s."""
+    rows, _, length, _ = query.shape
+    flat = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value)]  # [1, heads, b s, d]
+    documents = zip(*(x.split(lengths, dim=2) for x in flat), strict=True)
+    outs = [banded(causal, *document, window) for document in documents]
+    return torch.cat(outs, dim=1).unflatten(1, (rows, length)).squeeze(0)
+
+
+def banded(causal: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """Causal attention, in bands of queries where a window is shorter than the sequence: s x window, never s x s."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return causal(query, key, value)
+    outs = []
+    for start in range(0, length, max(window, BAND)):
+        end, first = min(start + max(window, BAND), length), max(0, start - window + 1)
+        queries = torch.arange(start, end, device=query.device)[:, None]
+        keys = torch.arange(first, end, device=query.device)
+        mask = (keys <= queries) & (keys > queries - window)
+        outs.append(causal(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], mask[None, None]))
+    return torch.cat(outs, dim=1)
+
+
+def with_sink(
+    interface: Callable[..., tuple[Tensor, Tensor | None]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Attention with one more logit a head, as one more key that every query sees and whose value is zero.
+
+    The logit comes from a channel of its own: the query carries `sink / scaling` there, the extra key 1, all others
+    0. Before a causal prefill goes an empty query, so that the diagonal still falls where it should.
+    """
+    batch, _, length, channels = query.shape
+    causal = mask is None and length > 1
+    if causal:  # a static cache is longer than its prefill
+        key, value = key[:, :, :length], value[:, :, :length]
+    logit = (sinks.float() / options["scaling"]).to(query.dtype)[None, :, None, None]
+    logit = F.pad(logit, (0, SINK_CHANNELS - 1)).expand(batch, -1, length, -1)
+    query = torch.cat((query, logit), dim=-1)  # [b, n, s, d + 8]
+    key, value = (F.pad(x, (0, SINK_CHANNELS, 1, 0)) for x in (key, value))  # [b, g, 1 + s_k, d + 8]
+    key[:, :, 0, channels] = 1
+    if causal:
+        query = F.pad(query, (0, 0, 1, 0))
+    elif mask is not None:
+        mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    out, _ = interface(module, query, key, value, mask, **options)  # [b, s, n, d + 8]
+    return out[:, int(causal) :, :, :channels]
