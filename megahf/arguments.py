@@ -22,6 +22,7 @@ from .layouts import Grid, stage_count
 
 Args = Mapping[str, Any]
 MISSING = object()
+LONGEST = 10_000  # layers, and characters, of a pattern
 
 
 @dataclass(frozen=True)
@@ -68,35 +69,47 @@ def activation_func(_: Any, args: Args) -> str:
 
 def pattern(value: Any, _: Args) -> Any:
     """A frequency: a number, or a pattern of layers, which some versions store as the text of a Python list."""
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(value) if value.isdigit() else expanded(value)
-    except (ValueError, SyntaxError) as error:
-        raise refuse(f"the layer pattern {value!r} is neither a number nor a list", "args") from error
+    if isinstance(value, str):
+        value = written(value)
+    return [int(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def expanded(text: str) -> list[int]:
-    """`([0]*3+[1]*1)*2` as the list it stands for; only lists, `+`, `*` and numbers are understood."""
+def written(text: str) -> Any:
+    """What `([0]*3+[1]*1)*2` or `(127, 0)` stands for; only lists, `+`, `*` and numbers are understood.
+
+    Raises:
+        ValueError: anything else, or more than any model has layers.
+    """
 
     def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
-        if isinstance(node, ast.List):
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, (ast.List, ast.Tuple)):
             return [value(item) for item in node.elts]
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
-            left, right = value(node.left), value(node.right)
-            return left + right if isinstance(node.op, ast.Add) else left * right
-        raise ValueError(ast.dump(node))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return value(node.left) + value(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            items, times = sorted((value(node.left), value(node.right)), key=lambda side: type(side) is int)
+            if len(items) * times <= LONGEST:
+                return items * times
+        raise ValueError("neither a number nor a list of numbers")
 
-    return list(value(ast.parse(text, mode="eval").body))
+    try:
+        return value(ast.parse(text[: LONGEST + 1], mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError("neither a number nor a list of numbers") from error
 
 
 def window_size(value: Any, _: Args) -> list[int] | None:
-    pair = list(ast.literal_eval(value)) if isinstance(value, str) else value
-    return None if pair is None or tuple(pair) in ((-1, -1), (-1, 0)) else [int(side) for side in pair]
+    pair = written(value) if isinstance(value, str) else value
+    if pair is None or tuple(pair) in ((-1, -1), (-1, 0)):
+        return None
+    left, right = (int(side) for side in pair)
+    if right != 0:
+        raise refuse(f"--window-size {left} {right} looks ahead; only (left, 0) is causal", "args")
+    return [left, right]
 
 
 def softmax_scale(value: float | None, args: Args) -> float | None:
@@ -176,6 +189,11 @@ FIELDS = (
     Argument("init_method_std", default=0.02),
 )
 
+COUNTS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "max_position_embeddings",
+)  # fmt: skip
+DAMAGED = "the args are damaged, or not Megatron's own"
 OFF = (None, False, 0, "", "None")
 
 # Arguments that change the mathematics beyond what is built: (name, values that do not, what it is).
@@ -222,9 +240,6 @@ def problems(args: Args) -> Problems:
     for name, harmless, meaning in REFUSED:
         if name in args and args[name] not in harmless:
             found.add(f"--{name.replace('_', '-')} {args[name]} is {meaning}", "args")
-    window = window_size(args.get("window_size"), args)
-    if window is not None and window[1] != 0:
-        found.add(f"--window-size {window} looks ahead; only (left, 0) is causal", "args")
     for row in FIELDS:
         if row.default is MISSING and stored(row, args) is MISSING:
             found.add(
@@ -239,8 +254,23 @@ def stored(row: Argument, args: Args) -> Any:
 
 def fields(args: Args) -> dict[str, Any]:
     """The config fields that `args` stand for, all but `vocab_size`; refuses what is not built."""
-    problems(args).raise_if_any()
-    return {row.field: row.read(stored(row, args), args) for row in FIELDS}
+    found = problems(args)
+    found.raise_if_any()
+    made: dict[str, Any] = {}
+    for row in FIELDS:
+        try:
+            made[row.field] = row.read(stored(row, args), args)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            found.add(f"{row.spelled()[0]} {stored(row, args)!r:.60} cannot be read: {error}", "args", DAMAGED)
+    for name in COUNTS:
+        if name in made and not is_count(made[name]):
+            found.add(f"{name} is {made[name]!r:.60}, not a number of at least 1", "args", DAMAGED)
+    found.raise_if_any()
+    return made
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def config(args: Args, vocab_size: int) -> SimpleNamespace:
@@ -250,16 +280,17 @@ def config(args: Args, vocab_size: int) -> SimpleNamespace:
 
 def grid(args: Args, chunks: int | None = None) -> Grid:
     """The writer's ranks. `chunks`: model chunks seen in a file, which settles what old args leave open."""
-    pipeline = args.get("pipeline_model_parallel_size") or 1
-    layout = args.get("pipeline_model_parallel_layout")
-    layout = layout if isinstance(layout, str) and pipeline > 1 else None
-    virtual = args.get("virtual_pipeline_model_parallel_size") or 1
+    tensor, pipeline = size(args, "tensor_model_parallel_size"), size(args, "pipeline_model_parallel_size")
+    layout = args.get("pipeline_model_parallel_layout") if pipeline > 1 else None
+    if layout is not None and not isinstance(layout, str):
+        raise refuse(f"pipeline_model_parallel_layout {layout!r:.60} is no layout string", "args", DAMAGED)
+    virtual = size(args, "virtual_pipeline_model_parallel_size")
     return Grid(
-        tensor=args.get("tensor_model_parallel_size") or 1,
+        tensor=tensor,
         pipeline=pipeline,
         virtual=chunks or (stage_count(layout) // pipeline if layout else virtual),
-        expert=args.get("expert_model_parallel_size") or 1,
-        expert_tensor=args.get("expert_tensor_parallel_size") or args.get("tensor_model_parallel_size") or 1,
+        expert=size(args, "expert_model_parallel_size"),
+        expert_tensor=size(args, "expert_tensor_parallel_size", tensor),
         first=0 if args.get("standalone_embedding_stage") else given(args, "first", pipeline),
         last=given(args, "last", pipeline),
         embedding=bool(args.get("account_for_embedding_in_pipeline_split")) and pipeline > 1,
@@ -268,9 +299,20 @@ def grid(args: Args, chunks: int | None = None) -> Grid:
     )
 
 
+def size(args: Args, name: str, default: int = 1) -> int:
+    """A parallel size; old files leave out those their Megatron did not have."""
+    value: int = default if args.get(name) is None else args[name]
+    if not is_count(value):
+        raise refuse(f"{name} is {value!r:.60}, not a number of at least 1", "args", DAMAGED)
+    return value
+
+
 def given(args: Args, end: str, pipeline: int) -> int | None:
-    """Layers of the first or last stage, when set by hand."""
-    value: int | None = args.get(f"decoder_{end}_pipeline_num_layers")
+    """Layers of the first or last stage, when set by hand; a stage may hold none."""
+    name = f"decoder_{end}_pipeline_num_layers"
+    value: int | None = args.get(name)
+    if value is not None and (type(value) is not int or value < 0):
+        raise refuse(f"{name} is {value!r:.60}, not a number of layers", "args", DAMAGED)
     return value if pipeline > 1 else None
 
 
@@ -286,13 +328,13 @@ def vocabulary(args: Args, rows: int, asked: int | None = None, tokenizer: int |
     ):
         if size is None:
             continue
-        if not 0 < size <= rows:
+        if not is_count(size) or size > rows:
             raise refuse(
                 f"a vocabulary of {size} ({source}) does not fit the {rows} rows stored",
                 "embedding.word_embeddings.weight",
                 f"give --true-vocab-size N with N at most {rows}",
             )
-        return int(size), source
+        return size, source
     return rows, "unknown: all rows kept, padding included"
 
 

@@ -107,9 +107,11 @@ def run(
 
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = [pool.submit(worker) for _ in range(min(THREADS, len(work)))]
-        done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
-        stop.set()
-    for future in done:
+        try:
+            wait(waiting, return_when=FIRST_EXCEPTION)
+        finally:  # after a failure, or an interrupt, no thread takes another weight
+            stop.set()
+    for future in waiting:
         future.result()
     problems.raise_if_any()
     return digests if checks.checksums else {}
@@ -140,13 +142,15 @@ def move(
 def cast(copy: Copy, values: np.ndarray, checks: Checks) -> np.ndarray:
     """`values` in the target's number format, as bytes; a number that becomes infinite is refused."""
     narrow = copy.dtype != values.dtype
-    target = values.astype(copy.dtype) if narrow else values
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        target = values.astype(copy.dtype) if narrow else values
     if (narrow or checks.refuse_nonfinite) and dtypes.is_float(copy.dtype) and not np.isfinite(target).all():
-        if np.isfinite(values).all():
-            largest = float(np.abs(values.astype(np.float64)).max())
+        finite = np.isfinite(values)
+        if not np.isfinite(target[finite]).all():
+            largest = float(np.abs(values[finite].astype(np.float64)).max())
             raise refuse(f"{largest:g} does not fit {copy.dtype.name}", copy.name, "convert with --dtype bf16 or fp32")
         if checks.refuse_nonfinite:
-            bad = int(values.size - np.isfinite(values).sum())
+            bad = int(values.size - finite.sum())
             raise refuse(f"{bad} numbers are NaN or infinite", copy.name, "leave --refuse-nonfinite out to keep them")
     return target.reshape(-1).view(np.uint8)
 
@@ -196,7 +200,8 @@ class Pieces:
 
     def fetch(self, tile: Tile, values: np.ndarray) -> None:
         """One tile to its place: straight into it where both sides are one run of bytes, else by way of the spare."""
-        target = values[tuple(slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))]
+        place = (slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))
+        target = values[(*place, ...)]  # the ellipsis keeps a scalar's place an array
         file, offset = self.files.locate(tile.view)
         size = span(tile.view)
         direct = size == tile.view.nbytes == target.nbytes and target.flags.c_contiguous and in_order(tile.view)
@@ -227,7 +232,10 @@ def pread(file: MappedFile, offset: int, into: np.ndarray) -> np.ndarray:
     """Fills `into` with the bytes at `offset`."""
     view, done = memoryview(into), 0
     while done < len(view):
-        got = os.preadv(file.fileno(), [view[done:]], offset + done)
+        try:
+            got = os.preadv(file.fileno(), [view[done:]], offset + done)
+        except OSError as error:
+            raise refuse(f"cannot be read at byte {offset + done}: {error.strerror}", file.path) from error
         if got == 0:
             raise refuse(f"the file ends at byte {offset + done}", file.path, "it was cut short while it was read")
         done += got

@@ -60,7 +60,7 @@ class Tiled:
     def take(self, index: int) -> Tiled:
         """Place `index` of the first axis, without that axis: layer `index` of stacked layers."""
         tiles = narrowed(self.tiles, 0, index, index + 1)
-        return Tiled(self.shape[1:], self.dtype, tuple(Tile(tile.start[1:], tile.view[0]) for tile in tiles))
+        return Tiled(self.shape[1:], self.dtype, tuple(Tile(tile.start[1:], tile.view[0, ...]) for tile in tiles))
 
     def swapaxes(self, a: int, b: int) -> Tiled:
         """The same array with axes `a` and `b` exchanged."""

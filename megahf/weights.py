@@ -100,6 +100,7 @@ class Row:
     cut: Cut = WHOLE
     when: str = "always"  # key of CONDITIONS
     local: str = ""  # as Megatron's local layer spec spells it; the modules of our classes are named so, under `model.`
+    fused: str = ""  # as Transformer Engine's operation fuser spells it (`--use-transformer-engine-op-fuser`)
     blocks: tuple[str, ...] = ()  # the blocks of the cut when they are stored one by one
     tied: str = ""  # when absent by `when`, a copy of this weight may be stored and must equal it
 
@@ -131,12 +132,12 @@ GPT = (
     Row(f"{L}.self_attention.q_layernorm.bias", "d", WHOLE, "qk_layernorm, LayerNorm"),
     Row(f"{L}.self_attention.k_layernorm.weight", "d", WHOLE, "qk_layernorm"),
     Row(f"{L}.self_attention.k_layernorm.bias", "d", WHOLE, "qk_layernorm, LayerNorm"),
-    Row(f"{UP}.layer_norm_weight", "h", WHOLE, local=f"{L}.pre_mlp_layernorm.weight"),
-    Row(f"{UP}.layer_norm_bias", "h", WHOLE, "LayerNorm", local=f"{L}.pre_mlp_layernorm.bias"),
-    Row(f"{UP}.weight", "fc1 h", FC1, blocks=(f"{UP}.weight_w", f"{UP}.weight_v")),
-    Row(f"{UP}.bias", "fc1", FC1, "add_bias_linear", blocks=(f"{UP}.bias_w", f"{UP}.bias_v")),
-    Row(f"{DOWN}.weight", "h f", ROW),
-    Row(f"{DOWN}.bias", "h", WHOLE, "add_bias_linear"),
+    Row(f"{UP}.layer_norm_weight", "h", WHOLE, local=f"{L}.pre_mlp_layernorm.weight", fused=f"{L}.mlp.0.weight"),
+    Row(f"{UP}.layer_norm_bias", "h", WHOLE, "LayerNorm", local=f"{L}.pre_mlp_layernorm.bias", fused=f"{L}.mlp.0.bias"),
+    Row(f"{UP}.weight", "fc1 h", FC1, fused=f"{L}.mlp.1.basic_ops.0.weight", blocks=(f"{UP}.weight_w", f"{UP}.weight_v")),
+    Row(f"{UP}.bias", "fc1", FC1, "add_bias_linear", fused=f"{L}.mlp.1.basic_ops.1.bias", blocks=(f"{UP}.bias_w", f"{UP}.bias_v")),
+    Row(f"{DOWN}.weight", "h f", ROW, fused=f"{L}.mlp.3.basic_ops.0.weight"),
+    Row(f"{DOWN}.bias", "h", WHOLE, "add_bias_linear", fused=f"{L}.mlp.3.basic_ops.1.bias"),
     Row("decoder.final_layernorm.weight", "h"),
     Row("decoder.final_layernorm.bias", "h", WHOLE, "LayerNorm"),
     Row("output_layer.weight", "V h", VOCAB, "untied", tied=WORDS),
@@ -162,7 +163,7 @@ FOREIGN = {
     r".*\.mlp\.(router|experts|shared_experts|fc[12]_latent_proj)\b.*": "a mixture of experts",
     r".*\.self_attention\.linear_(q|kv|q_down|q_up|kv_down|kv_up|qkv_down)_proj\..*": "multi-latent attention",
     r"mtp\..*": "multi-token prediction",
-    r"vision_model\..*|vision_projection\..*": "LLaVA",
+    r"vision_model\..*|vision_projection\..*|language_model\..*": "LLaVA",
     r"encoder\..*|lm_head\..*|pooler\..*|binary_head\..*|.*tokentype_embeddings.*": "BERT or T5",
 }
 
@@ -184,7 +185,7 @@ def spellings() -> list[tuple[re.Pattern[str], Row, bool, int, int]]:
     """Every way a row is stored, as a pattern: one by one, and stacked where the layer has no number."""
     patterns = []
     for row in GPT:
-        for parts in filter(any, ((row.name,), (row.local,), row.blocks)):
+        for parts in filter(any, ((row.name,), (row.local,), (row.fused,), row.blocks)):
             for part, template in enumerate(parts):
                 one = re.escape(template).replace(r"\{l\}", r"(?P<l>\d+)")
                 patterns.append((re.compile(PREFIX + one), row, False, part, len(parts)))

@@ -30,6 +30,7 @@ METADATA, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
 COMMON_ITEM = "common_state/shard_0_1"
 COMMON_NAMES = ("args", "iteration", "checkpoint_version")
 DATACLASSES = "torch.distributed.checkpoint."
+METADATA_CLASSES = ("metadata.Metadata", "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata")  # any, 0.15
 PROPERTIES = (
     "metadata.TensorProperties",
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
@@ -71,7 +72,7 @@ def recognises(directory: Path) -> bool:
 
 
 def has_zarr(directory: Path) -> bool:
-    """Whether it has a directory for each tensor, as checkpoints of megatron-core up to 0.7 by default."""
+    """Whether it has a directory for each tensor: the default of megatron-core 0.5, written until 0.15."""
     return any((child / ".zarray").exists() for child in directory.iterdir())
 
 
@@ -94,7 +95,7 @@ def refuse_backends(directory: Path) -> None:
     if backend == "zarr" or has_zarr(directory):
         raise refuse(
             "this is a zarr checkpoint", directory,
-            "load and save it with Megatron-core 0.8 to 0.12 and --dist-ckpt-format torch_dist",
+            "load it with Megatron-LM core_v0.15.0 or older and save it with --ckpt-format torch_dist",
         )  # fmt: skip
     if backend != "torch_dist":
         raise refuse(
@@ -109,6 +110,8 @@ def refuse_backends(directory: Path) -> None:
 
 
 class Metadata(NamedTuple):
+    """What `.metadata` says, in records."""
+
     tensors: Mapping[str, Made]  # TensorStorageMetadata
     objects: list[str]
     places: Mapping[str, Mapping[tuple[int, ...] | None, Place]]  # key -> offsets of the chunk -> place
@@ -121,17 +124,11 @@ def read_metadata(directory: Path, files: Files) -> Metadata:
     if file.size > MAX_PICKLE:
         raise refuse(f"{METADATA} has {file.size:,} bytes, more than {MAX_PICKLE:,}", directory, HOSTILE)
     machine = Machine(file.map, 0, file.size, METADATA)
-    fields = fields_of(machine.run(), "metadata.Metadata")
+    root = machine.run()
+    name = class_of(root)
+    fields = fields_of(root, name if name in METADATA_CLASSES else METADATA_CLASSES[0])
     described = entries_of(fields["state_dict_metadata"], "the list of tensors", METADATA)
-    flattened = fields.get("mcore_data")
-    if flattened:
-        names = ", ".join(list(entries_of(flattened, "mcore_data", METADATA))[:3])
-        if not SECTIONS.match(names):
-            raise refuse(
-                f"weights are flattened by an old Megatron ({names})",
-                METADATA,
-                "save it again with megatron-core 0.8 or newer",
-            )
+    refuse_flattened(fields.get("mcore_data"))
     tensors = {
         key: node
         for key, node in described.items()
@@ -146,6 +143,18 @@ def read_metadata(directory: Path, files: Files) -> Metadata:
         tensors, objects, places_of(fields["storage_data"]),
         entries_of(paths, "planner_data", METADATA) if paths else {},  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def refuse_flattened(node: object) -> None:
+    """Megatron-core 0.8 to 0.15 has an entry for each tensor here, empty unless it is stored flattened.
+
+    Only a distributed optimizer's states are, and those nobody reads.
+    """
+    noted = entries_of(node, "mcore_data", METADATA) if node else {}
+    weights = [key for key, entry in noted.items() if entry and not SECTIONS.match(key)]
+    if weights:
+        remedy = "load it with the Megatron that saved it and save it with --ckpt-format torch"
+        raise refuse("a weight is stored flattened", ", ".join(weights[:5]), remedy)
 
 
 def class_of(node: object) -> str:

@@ -166,7 +166,7 @@ def holding_of(rank: Rank, chunk: int, records: object, opened: TorchFile, where
     if "language_model" in content:
         raise refuse(
             "this is a checkpoint from before megatron-core (model['language_model'])", where,
-            "convert it with tools/checkpoint/convert.py of Megatron-LM core_r0.8.0: --loader megatron --saver mcore",
+            "convert it with tools/checkpoint/convert.py of Megatron-LM core_v0.12.0: --loader legacy --saver core",
         )  # fmt: skip
     tensors, objects = {}, {}
     problems = Problems()

@@ -21,7 +21,7 @@ MAX_INTEGER = 256  # bytes of one integer: random states hold 128 bits, a megaby
 MAX_NAME = 1000  # characters of a module or class name
 MAX_DEPTH = 200
 MAX_EXPANDED = 5_000_000  # nodes when everything shared is counted as often as it is reached
-SECONDS, SECONDS_PER_MB = 5.0, 1.0  # what a slow machine needs, many times over
+SECONDS, SECONDS_PER_MB = 5.0, 1.0  # of processor time: what a slow machine needs, many times over
 DAMAGED = "copy it again from where it was saved, or use another iteration"
 HOSTILE = "no saving code writes this: do not trust where the file comes from"
 
@@ -69,19 +69,23 @@ class Machine:
         self.memo: dict[int, object] = {}
         self.persistent: list[Persistent] = []
         self.steps = 0
-        self.deadline = time.monotonic() + SECONDS + SECONDS_PER_MB * (self.end - position) / 1e6
+        self.deadline = time.thread_time() + SECONDS + SECONDS_PER_MB * (self.end - position) / 1e6
 
     def run(self) -> object:
         """The pickled graph, in records; `position` is then just behind it."""
-        while True:
-            opcode = self.take(1)[0]
+        while self.position < self.end:
+            opcode = self.data[self.position]
+            self.position += 1
             if opcode == STOP:
-                break
+                return self.result()
             step = STEPS.get(opcode)
             if step is None:
-                raise refuse(f"pickle opcode {bytes([opcode])!r} at byte {self.position - 1}", self.where, HOSTILE)
+                raise refuse(f"pickle opcode {bytes([opcode])!r} at byte {self.position - 1:,}", self.where, HOSTILE)
             step(self)
             self.tick()
+        raise refuse(f"the pickle has no end in its {self.end:,} bytes", self.where, DAMAGED)
+
+    def result(self) -> object:
         if len(self.stack) != 1 or self.outer:
             raise refuse("the pickle ends with work left on its stack", self.where, DAMAGED)
         return self.stack.pop()
@@ -89,7 +93,7 @@ class Machine:
     def tick(self) -> None:
         """Counts a step; colliding keys make steps slow, so the clock is looked at too."""
         self.steps += 1
-        if not self.steps & 63 and time.monotonic() > self.deadline:
+        if not self.steps & 63 and time.thread_time() > self.deadline:
             raise refuse(f"the pickle takes longer than its {self.end:,} bytes explain", self.where, HOSTILE)
 
     def take(self, size: int) -> bytes:
@@ -141,6 +145,7 @@ class Machine:
         self.memo[index] = self.stack[-1]
 
     def named(self, module: object, name: object) -> None:
+        module = "builtins" if module == "__builtin__" else module  # as protocol 2 spells it
         name = f"{module}.{name}" if type(module) is str and type(name) is str else ""
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise refuse("a class is named by something that is no name", self.where, HOSTILE)
@@ -205,7 +210,7 @@ BY_LETTER: dict[str, Callable[[Machine], object]] = {
     "\x88": lambda m: m.push(True),
     "\x89": lambda m: m.push(False),
     "J": lambda m: m.integer(4),
-    "K": lambda m: m.push(m.number(1)),
+    "K": lambda m: m.push(m.take(1)[0]),
     "M": lambda m: m.push(m.number(2)),
     "\x8a": lambda m: m.integer(m.number(1)),
     "\x8b": lambda m: m.integer(m.number(4)),
@@ -232,10 +237,10 @@ BY_LETTER: dict[str, Callable[[Machine], object]] = {
     "\x8f": lambda m: m.set_of([]),
     "\x90": lambda m: m.extend(m.above_mark()),
     "\x91": lambda m: m.set_of(m.above_mark()),
-    "q": lambda m: m.put(m.number(1)),
+    "q": lambda m: m.put(m.take(1)[0]),
     "r": lambda m: m.put(m.number(4)),
     "\x94": lambda m: m.put(len(m.memo)),
-    "h": lambda m: m.get(m.number(1)),
+    "h": lambda m: m.get(m.take(1)[0]),
     "j": lambda m: m.get(m.number(4)),
     "c": lambda m: m.named(m.line(), m.line()),
     "\x93": lambda m: m.named(*[m.pop(), m.pop()][::-1]),

@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ class Bench:
     def __enter__(self) -> Bench:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -74,7 +73,12 @@ class Bench:
         return self.references[digest]
 
     def save(
-        self, arguments: Mapping[str, Any], out: Path, format: str = "torch", extra_state: str = "tensor", **options: Any
+        self,
+        arguments: Mapping[str, Any],
+        out: Path,
+        format: str = "torch",
+        extra_state: str = "tensor",
+        **reference: Any,
     ) -> float:
         """Writes the checkpoint of `arguments` and its `reference.pt` to the new folder `out`.
 
@@ -82,7 +86,7 @@ class Bench:
             arguments: Megatron's, over its defaults: model, layout, dtype (`bf16`, `fp16`), `transformer_impl`.
             format: a name in `save.FORMATS`.
             extra_state: what emulated TE modules store: "tensor" or "bytes".
-            options: `weights`, `seed`, `shape` of the reference.
+            reference: `weights`, `seed`, `shape` of the reference.
 
         Returns:
             The largest difference of the sharded model's logits to the single process.
@@ -94,7 +98,7 @@ class Bench:
             raise refuse("the target exists already", out, "choose a new folder")
         # local and TE models of the same mathematics share the local one's reference; zero-centred gamma is TE's alone
         same = {} if arguments.get("layernorm_zero_centered_gamma") else {"transformer_impl": "local"}
-        source = self.reference({**arguments, **same}, **options)
+        source = self.reference({**arguments, **same}, **reference)
         differences = self.pool.run(
             "save", world(arguments), arguments=dict(arguments), source=source, out=out, format=format,
             extra_state=extra_state,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 # TORCHDYNAMO_DISABLE: Megatron's `jit_fuser` is torch.compile; eager is enough and starts at once.
@@ -53,7 +54,7 @@ def patch() -> None:
 
 
 def nothing() -> Callable[..., None]:
-    """A function that does nothing, a new one each time: torch keeps a table by function and refuses to meet one twice."""
+    """A function that does nothing, a new one each time: torch keeps a table by function and wants no twins in it."""
     return lambda *args, **kwargs: None
 
 
@@ -78,6 +79,7 @@ def patch_torch() -> None:
 
 def patch_megatron() -> None:
     import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.fusions import fused_softmax
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import utils
@@ -87,6 +89,12 @@ def patch_megatron() -> None:
     tracker.fork = lambda self, name=None: contextlib.nullcontext()
     tracker.add = lambda self, name, seed: None
     random.initialize_rng_tracker()
+
+    # Between an asynchronous writer and the trainer stands a manager process, which costs each rank an import of torch;
+    # here saving is synchronous and both ends are in one process.
+    results: Any = SimpleQueue()
+    writer: Any = filesystem_async
+    writer._get_write_results_queue = lambda: results
 
     def causal(size: int) -> torch.Tensor:  # [s, s], True where a query must not look
         return torch.triu(torch.ones(size, size), diagonal=1).bool()
@@ -103,7 +111,7 @@ def patch_megatron() -> None:
 
 
 def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None) -> None:
-    """Lays the running process group out as `tensor` x `pipeline` ranks, `virtual` model chunks each; the rest is data."""
+    """Lays the process group out as `tensor` x `pipeline` ranks, `virtual` model chunks each; the rest is data."""
     import torch
     from megatron.core import parallel_state
 

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
-def sharded(models: list[GPTModel]) -> dict[str, dict[str, Any]]:
-    """The sharded tensors of the models; extra states left out, as local and TE models differ in them alone."""
+def sharded(models: list[GPTModel], content: dict[str, Any]) -> dict[str, Any]:
+    """The sharded tensors of the models; extra states left out, as local and TE models differ in them alone.
+
+    Args:
+        content: the checkpoint's `content_metadata`, which says how its keys are made.
+    """
     return {
         name: {
             key: value
-            for key, value in model.sharded_state_dict(metadata=metadata()).items()
+            for key, value in model.sharded_state_dict(metadata=metadata() | content).items()
             if not key.endswith("_extra_state")
         }
         for name, model in zip(names(models), models, strict=True)
@@ -34,20 +38,31 @@ def save_weights(models: list[GPTModel], folder: Path) -> None:
     if distributed.get_rank() == 0:
         folder.mkdir()
     distributed.barrier()
-    dist_checkpointing.save(dict(sharded(models)), str(folder))
+    dist_checkpointing.save(sharded(models, {}), str(folder))
 
 
-def load_weights(models: list[GPTModel], folder: Path) -> None:
+def load_dist(args: Namespace, models: list[GPTModel], folder: Path) -> None:
     """Megatron's resharding of a distributed checkpoint into `models`."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import load_content_metadata
 
-    loaded = dist_checkpointing.load(dict(sharded(models)), str(folder))
+    content = load_content_metadata(str(folder)) or {}
+    loaded = dist_checkpointing.load(sharded(models, content), str(folder))
     for name, model in zip(names(models), models, strict=True):
         put(model, loaded[name])
 
 
-def load_file(args: Namespace, models: list[GPTModel], folder: Path) -> None:
-    """This rank's file of a `torch` checkpoint. It is unpickled as Megatron does it: only for files that are trusted."""
+def load_dcp(args: Namespace, models: list[GPTModel], folder: Path) -> None:
+    """`torch_dcp`: torch's own loading of an unsharded model."""
+    from torch.distributed import checkpoint
+
+    state = {key: value for key, value in models[0].state_dict().items() if torch.is_tensor(value)}
+    checkpoint.load({"model": state}, checkpoint_id=folder)
+    put(models[0], state)
+
+
+def load_torch(args: Namespace, models: list[GPTModel], folder: Path) -> None:
+    """This rank's file of a `torch` checkpoint, unpickled as Megatron does it: only for files that are trusted."""
     state = torch.load(checkpoint_file(args, folder), weights_only=False, mmap=True)
     for name, model in zip(names(models), models, strict=True):
         put(model, state[name])
@@ -59,3 +74,6 @@ def put(model: GPTModel, state: dict[str, Any]) -> None:
     wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
     if wrong:
         raise KeyError(f"missing or unexpected: {wrong}")
+
+
+LOADERS = {"torch": load_torch, "torch_dist": load_dist, "torch_dcp": load_dcp}

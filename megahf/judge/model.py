@@ -1,7 +1,7 @@
 """From `args` to real GPTModels and their logits, the way Megatron-LM's main builds and runs them.
 
-The quirks are Megatron's and kept: `rope_scaling_factor` never reaches the model (its 8 does), the unlabelled gelu is the
-tanh one exactly where `bias_gelu_fusion` is on, `num_query_groups` counts only with `group_query_attention`.
+The quirks are Megatron's and kept: `rope_scaling_factor` never reaches the model (its 8 does), gelu is the tanh one
+exactly where `bias_gelu_fusion` is on, `num_query_groups` counts only with `group_query_attention`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def layer_spec(args: Namespace, made: TransformerConfig) -> Any:
 
 @torch.no_grad()
 def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-    """Pipelined forward of `[b, s]` tokens: fp32 logits `[b, s, padded vocabulary]` on the last stage, None elsewhere."""
+    """Pipelined forward of `[b, s]` tokens: fp32 logits `[b, s, padded vocabulary]`; None but on the last stage."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 

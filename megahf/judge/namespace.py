@@ -19,7 +19,7 @@ def defaults() -> dict[str, Any]:
 
     Made by its own `parse_args` and `validate_args`. Dtypes and enums are their full names (`torch.float32`).
     """
-    text = resources.files("megahf.judge").joinpath("arguments.json").read_text(encoding="utf-8")
+    text = resources.files("megahf").joinpath("arguments.json").read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text)
     return values
 
@@ -32,7 +32,7 @@ def namespace(arguments: Mapping[str, Any]) -> Namespace:
     """
     unknown = sorted(set(arguments) - set(defaults()))
     if unknown:
-        raise refuse(f"not an argument of Megatron's: {', '.join(unknown)}", "", "see megahf/judge/arguments.json")
+        raise refuse(f"not an argument of Megatron's: {', '.join(unknown)}", "", "see megahf/arguments.json")
     args = Namespace(**{name: decoded(value) for name, value in {**defaults(), **arguments}.items()})
     derive_sizes(args)
     derive_run(args)
@@ -40,15 +40,13 @@ def namespace(arguments: Mapping[str, Any]) -> Namespace:
 
 
 def decoded(value: object) -> object:
-    """A dtype or an enum from its full name, as a pickled Namespace holds it; None if this Megatron has no such enum."""
+    """A dtype or an enum from its full name, as a real Namespace holds it; None if this Megatron has no such enum."""
     if not isinstance(value, str) or not value.startswith(("torch.", "megatron.", "signal.")):
         return value
     owner, _, name = value.rpartition(".")
     module, _, holder = owner.rpartition(".") if "." in owner else (owner, "", "")
-    found = import_module(module)
-    if holder:
-        found = getattr(found, holder, None)
-    return getattr(found, name, None)
+    found: Any = import_module(module)
+    return getattr(getattr(found, holder, None) if holder else found, name, None)
 
 
 def derive_sizes(args: Namespace) -> None:

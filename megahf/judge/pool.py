@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,8 +11,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from megahf.errors import refuse
 from megahf.judge import require_megatron
@@ -19,34 +19,15 @@ from megahf.judge.cpu import ENVIRONMENT
 
 START_TIMEOUT = 120.0  # seconds to import torch and Megatron, on a busy machine
 GRACE = 5.0  # seconds for the other ranks to fail as well once one has
+LOST = (False, "died or gave no answer in time")
 
 
 class Failed(Exception):
     """A case failed in the workers; carries their tracebacks."""
 
 
-LOST = object()
-
-
-def received(connection: Connection) -> Any:
-    try:
-        return connection.recv()
-    except (EOFError, OSError):  # ended, or ended while it wrote
-        return LOST
-
-
-def failed(answer: object) -> bool:
-    return answer is LOST or (isinstance(answer, tuple) and answer[0] is False)
-
-
-class Worker(NamedTuple):
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    log: Path
-
-
 class Pool:
-    """Up to `size` processes with real Megatron-core in them.
+    """`size` processes with real Megatron-core in them, started with the first case.
 
     A case runs on the first `world` of them as a process group of its own, the rest wait. A case that fails or hangs is
     reported as `Failed` and never stands in the way of the next one: if need be the processes are replaced.
@@ -55,14 +36,17 @@ class Pool:
     def __init__(self, size: int = 4) -> None:
         require_megatron()
         self.size = size
-        self.workers: list[Worker] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self.connections: list[Connection] = []
+        self.pids: list[int] = []
         self.port = self.cases = 0
         self.folder = tempfile.TemporaryDirectory(prefix="megahf-judge-")
+        self.log = Path(self.folder.name) / "log"
 
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(self, task: str, world: int, timeout: float = 180.0, **arguments: Any) -> list[Any]:
@@ -73,77 +57,88 @@ class Pool:
         """
         if world > self.size:
             raise refuse(f"the case needs {world} processes, the judge has {self.size}", "", "give it more")
-        if not self.workers:
+        if self.process is None:
             self.start()
         self.cases += 1
         order = {"case": self.cases, "port": self.port, "world": world, "task": task, "arguments": arguments}
-        for worker in self.workers[:world]:
-            with suppress(OSError):  # one that died meanwhile has no answer either
-                worker.connection.send(order)
-        answers = self.collect(self.workers[:world], timeout)
-        if all(good for good, _ in answers):
-            return [value for _, value in answers]
-        raise Failed("\n".join(f"rank {rank}: {value}" for rank, (good, value) in enumerate(answers) if not good))
+        for connection in self.connections[:world]:
+            with suppress(OSError):  # a rank that died meanwhile gives no answer either
+                connection.send(order)
+        return self.collect(self.connections[:world], timeout)
 
     def start(self) -> None:
-        self.workers = [self.spawn(rank) for rank in range(self.size)]
-        ports = self.collect(self.workers, START_TIMEOUT)
-        if not isinstance(ports[0], int):
-            raise Failed(f"the judge did not start: {ports}")
-        self.port = ports[0]
-
-    def spawn(self, rank: int) -> Worker:
-        ours, theirs = Pipe()
-        log = Path(self.folder.name) / f"{rank}.log"
-        root = Path(__file__).parents[2]  # the worker imports the same megahf as this process
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "megahf.judge.worker", str(theirs.fileno()), str(rank)],
+        pairs = [Pipe() for _ in range(self.size)]
+        self.connections = [ours for ours, _ in pairs]
+        descriptors = [theirs.fileno() for _, theirs in pairs]
+        root = str(Path(__file__).parents[2])  # the workers import the same megahf as this process
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megahf.judge.worker", *map(str, descriptors)],
                 env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a group of their own, to be ended together
             )
-        theirs.close()
-        return Worker(process, ours, log)
+        for _, theirs in pairs:
+            theirs.close()
+        told = self.collect(self.connections, START_TIMEOUT)
+        self.pids, self.port = [pid for pid, _ in told], told[0][1]
 
-    def collect(self, workers: list[Worker], timeout: float) -> list[Any]:
-        """One answer from each worker; where one does not come, all processes are ended."""
-        answers: dict[Connection, Any] = {}
+    def collect(self, connections: list[Connection], timeout: float) -> list[Any]:
+        """The value each rank answers with; where an answer does not come, all processes are ended."""
+        answers: dict[Connection, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout
-        while waiting := [worker.connection for worker in workers if worker.connection not in answers]:
+        while waiting := [connection for connection in connections if connection not in answers]:
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for connection in ready:
-                answers[connection] = received(connection)
-                if failed(answers[connection]):
-                    deadline = min(deadline, time.monotonic() + GRACE)
-        told = [answers.get(worker.connection) for worker in workers]
-        lost = [worker for worker in workers if answers.get(worker.connection, LOST) is LOST]
-        for worker in lost:
-            told[workers.index(worker)] = (False, f"died or gave no answer\n{worker.log.read_text()[-2000:]}")
-        if lost:
+            answers |= {
+                each: received(each) if each in ready else LOST for each in waiting if each in ready or not ready
+            }
+            if any(not good for good, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + GRACE)
+        told = [answers[connection] for connection in connections]
+        if LOST in told:
             self.end()
-        return told
+        if any(not good for good, _ in told):
+            raise Failed(f"{reasons(told)}\n{self.log.read_text()[-2000:] if LOST in told else ''}")
+        return [value for _, value in told]
 
     def end(self) -> None:
         """Ends the processes at once; the next case starts new ones."""
-        for worker in self.workers:
-            worker.process.kill()
-            worker.process.wait()
-            worker.connection.close()
-        self.workers = []
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for connection in self.connections:
+            connection.close()
+        self.process, self.connections, self.pids = None, [], []
 
     def close(self) -> None:
         """Lets the processes end, and ends those that do not."""
-        for worker in self.workers:
-            try:
-                worker.connection.send(None)
-                worker.process.wait(timeout=GRACE)
-            except (OSError, subprocess.TimeoutExpired):
-                break
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.send(None)
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=GRACE)
         self.end()
         self.folder.cleanup()
+
+
+def received(connection: Connection) -> tuple[bool, Any]:
+    try:
+        answer: tuple[bool, Any] = connection.recv()
+        return answer
+    except (EOFError, OSError):  # the rank ended, or ended while it wrote
+        return LOST
+
+
+def reasons(answers: list[tuple[bool, Any]]) -> str:
+    """The tracebacks among the answers, each once, with the ranks that have it."""
+    ranks: dict[str, list[str]] = {}
+    for rank, (good, value) in enumerate(answers):
+        if not good:
+            ranks.setdefault(value, []).append(str(rank))
+    return "\n".join(f"rank {', '.join(which)}: {why}" for why, which in ranks.items())

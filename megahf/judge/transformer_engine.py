@@ -1,9 +1,9 @@
 """A stand-in for the package `transformer_engine`, so that Megatron's real TE classes and layer specs run on a CPU.
 
-Megatron's wrappers (`TELayerNormColumnParallelLinear` and its kin) subclass five classes of Transformer Engine; here are
-those five in plain torch, for what a dense GPT asks of them. So names, shapes, sharding and `_extra_state` in the files
-come from Megatron's own code. That the stand-ins compute the right thing is checked where it can be: models of the
-local spec, which have none of this in them, give the same logits. What they cannot do is an error, never ignored.
+Megatron's wrappers (`TELayerNormColumnParallelLinear` and its kin) subclass five classes of Transformer Engine; here
+are those five in plain torch, for what a dense GPT asks of them. So names, shapes and sharding in the files come from
+Megatron's own code. That the stand-ins compute the right thing is checked where it can be: models of the local spec,
+which have none of this in them, must give the same logits.
 """
 
 from __future__ import annotations

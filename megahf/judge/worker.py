@@ -1,6 +1,7 @@
-"""One process of a pool: patches, imports Megatron once, then does one case after another until told to stop.
+"""The processes of a pool: one imports torch and Megatron, then forks into the ranks, which do case after case.
 
-Run as `python -m megahf.judge.worker FILE_DESCRIPTOR RANK`.
+Run as `python -m megahf.judge.worker DESCRIPTOR...`, a connected socket for each rank. Importing takes seconds of a
+core, forking none, and what was imported is in memory once.
 """
 
 from __future__ import annotations
@@ -9,22 +10,53 @@ import os
 import sys
 import traceback
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megahf.judge import cpu
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+IMPORTED = (
+    "torch.distributed.checkpoint",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt",
+    "megahf.judge.tasks",
+)
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 
-def main(descriptor: int, rank: int) -> None:
-    """Serves cases; a closed connection is an end like any other."""
-    connection = Connection(descriptor)
+def main(descriptors: list[int]) -> None:
+    """Forks a rank for each descriptor and waits for them all."""
+    prepare()
+    for rank, descriptor in enumerate(descriptors):
+        if os.fork() == 0:
+            for other in descriptors:
+                if other != descriptor:  # else a rank that dies would keep its socket open in its siblings
+                    os.close(other)
+            serve(rank, Connection(descriptor))
+            return
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for _ in descriptors:
+        os.wait()
+
+
+def prepare() -> None:
+    """Imports everything that a case needs, while there is one process and no thread."""
     cpu.patch()
+    for name in IMPORTED:
+        import_module(name)
+
+
+def serve(rank: int, connection: Connection) -> None:
+    """Tells its process id and, for rank 0, the port of the store; then answers until the connection closes."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
-    connection.send(store.port if store else None)
+    connection.send((True, (os.getpid(), store.port if store else 0)))
     try:
         while order := connection.recv():
             connection.send(answer(rank, store, **order))
@@ -32,20 +64,19 @@ def main(descriptor: int, rank: int) -> None:
         pass
 
 
-def answer(rank: int, store: Any, case: int, port: int, world: int, task: str, arguments: dict[str, Any]) -> Any:
+def answer(
+    rank: int, store: TCPStore | None, case: int, port: int, world: int, task: str, arguments: dict[str, Any]
+) -> tuple[bool, Any]:
     """(True, what the task returned) or (False, the traceback as text)."""
     import torch
+    from torch.distributed import PrefixStore, TCPStore
 
     from megahf.judge.tasks import TASKS
 
-    store = store or torch.distributed.TCPStore("127.0.0.1", port)
     try:
+        shared = PrefixStore(f"case {case}", store or TCPStore("127.0.0.1", port))
         torch.distributed.init_process_group(
-            "gloo",
-            store=torch.distributed.PrefixStore(f"case {case}", store),
-            rank=rank,
-            world_size=world,
-            timeout=COLLECTIVE_TIMEOUT,
+            "gloo", store=shared, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
         value = TASKS[task](**arguments)
         torch.distributed.barrier()  # nobody leaves while another still talks to it
@@ -58,6 +89,6 @@ def answer(rank: int, store: Any, case: int, port: int, world: int, task: str, a
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main([int(descriptor) for descriptor in sys.argv[1:]])
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes end a process by a signal on the ordinary way out
+    os._exit(0)  # the ordinary way out takes seconds, and gloo's threads sometimes make a signal of it

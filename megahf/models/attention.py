@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layout import Layout, attend
+from .mlp import ResidualLinear
 from .norm import build_qk_norm
 from .rope import rotate
 
@@ -58,8 +59,7 @@ class SelfAttention(nn.Module):
         # For each group: its query heads | (their gates |) its key | its value.
         self.linear_qkv = nn.Linear(config.hidden_size, heads * config.kv_channels, bias=config.add_qkv_bias)
         width = config.num_attention_heads * config.kv_channels
-        self.linear_proj = nn.Linear(width, config.hidden_size, bias=config.add_bias_linear)
-        self.linear_proj.into_residual = True  # initialised narrower
+        self.linear_proj = ResidualLinear(width, config.hidden_size, bias=config.add_bias_linear)
         self.q_layernorm = build_qk_norm(config)
         self.k_layernorm = build_qk_norm(config)
         self.core_attention = CoreAttention(config)
@@ -74,29 +74,32 @@ class SelfAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden` `[b, s, h]` to `[b, s, h]`, and the attention weights where the implementation returns them."""
-        query, key, value, gate = self.project(hidden)
-        if self.rotary:
-            query, key = (rotate(x, *position_embeddings, self.config.rotary_interleaved) for x in (query, key))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [b, heads, s, d]
+        query, key, value, gate = self.project(hidden, position_embeddings)
         if past_key_values is not None:
-            cached = past_key_values.update(key, value, self.layer_idx)
-            key, value = (key, value) if layout is not None else cached  # a layout is of a prefill: all keys are new
-        out, weights = self.attend(query, key, value, attention_mask, layout, **kwargs)  # [b, s, n, d]
-        out = out.reshape(*hidden.shape[:-1], -1)
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            if layout is not None:  # of a prefill: a static cache is longer
+                key, value = key[:, :, : hidden.shape[1]], value[:, :, : hidden.shape[1]]
+        out, weights = self.attend(query, key, value, attention_mask, layout, **kwargs)
+        out = out.reshape(*hidden.shape[:-1], -1)  # [b, s, n d]
         if gate is not None:
-            out = (out * torch.sigmoid(gate.reshape_as(out).float())).to(out.dtype)
+            out = (out * torch.sigmoid(gate.float())).to(out.dtype)
         return self.linear_proj(out), weights
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries `[b, s, n, d]`, keys and values `[b, s, g, d]`, gates as queries or None."""
+    def project(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries `[b, n, s, d]`, keys and values `[b, g, s, d]`, normed and rotated; gates `[b, s, n d]` or None."""
         per_group = self.num_key_value_groups
-        mixed = self.linear_qkv(hidden).unflatten(-1, (-1, per_group * (2 if self.gated else 1) + 2, self.head_dim))
-        query, key, value = mixed[..., :per_group, :], mixed[..., -2, :], mixed[..., -1, :]
-        gate = mixed[..., per_group:-2, :].flatten(2, 3) if self.gated else None
-        query = query.flatten(2, 3)
-        if self.q_layernorm is not None:
+        heads = [per_group, per_group if self.gated else 0, 1, 1]
+        mixed = self.linear_qkv(hidden).unflatten(-1, (-1, sum(heads), self.head_dim))  # [b, s, g, heads, d]
+        query, gate, key, value = mixed.split(heads, dim=3)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value, gate
+        if self.rotary and position_embeddings is not None:
+            cos, sin = position_embeddings
+            query, key = (rotate(x, cos, sin, self.config.rotary_interleaved) for x in (query, key))
+        query, key, value = (x.flatten(2, 3).transpose(1, 2) for x in (query, key, value))
+        return query, key, value, gate.flatten(2) if self.gated else None
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: Layout | None, **kwargs: Any

@@ -31,14 +31,19 @@ class McoreGPTConfig(PreTrainedConfig):
         "head_dim": "kv_channels",
         "initializer_range": "init_method_std",
     }
+    base_model_fsdp_plan = {  # noqa: RUF012
+        "embedding.word_embeddings": "free_full_weight",
+        "decoder.layers.*": "free_full_weight",
+        "decoder.final_layernorm": "keep_full_weight",
+    }
 
     vocab_size: int = 50257  # rows of the embedding, without Megatron's padding
     num_layers: int = 12
     hidden_size: int = 768
-    ffn_hidden_size: int | None = None  # width of one of the MLP's halves; None: 4 hidden_size
+    ffn_hidden_size: int = 0  # width of the MLP (of each half, if gated); 0: 4 hidden_size
     num_attention_heads: int = 12
-    num_query_groups: int | None = None  # key/value heads; None: one a head
-    kv_channels: int | None = None  # channels of a head; None: hidden_size / num_attention_heads
+    num_query_groups: int = 0  # key/value heads; 0: one a head
+    kv_channels: int = 0  # channels of a head; 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 1024
 
     position_embedding_type: str = "learned_absolute"
@@ -62,7 +67,7 @@ class McoreGPTConfig(PreTrainedConfig):
     layernorm_zero_centered_gamma: bool = False  # the norm's scale is 1 + weight
 
     add_bias_linear: bool = True
-    add_qkv_bias: bool | None = None  # None: as add_bias_linear
+    add_qkv_bias: bool = False  # always with add_bias_linear
     qk_layernorm: bool = False
     qk_l2_norm: bool = False
     attention_output_gate: bool = False
@@ -90,13 +95,10 @@ class McoreGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.ffn_hidden_size is None:
-            self.ffn_hidden_size = 4 * self.hidden_size
-        if self.num_query_groups is None:
-            self.num_query_groups = self.num_attention_heads
-        if self.kv_channels is None:
-            self.kv_channels = self.hidden_size // self.num_attention_heads
-        self.add_qkv_bias = bool(self.add_qkv_bias or self.add_bias_linear)
+        self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
+        self.num_query_groups = self.num_query_groups or self.num_attention_heads
+        self.kv_channels = self.kv_channels or self.hidden_size // self.num_attention_heads
+        self.add_qkv_bias = self.add_qkv_bias or self.add_bias_linear
         super().__post_init__(**kwargs)
 
     @property
@@ -116,6 +118,10 @@ class McoreGPTConfig(PreTrainedConfig):
         if self.window_size is None or self.window_size[0] < 0:
             return None
         return self.window_size[0] + 1
+
+    @sliding_window.setter
+    def sliding_window(self, tokens: int | None) -> None:
+        self.window_size = None if tokens is None else [tokens - 1, 0]
 
     @property
     def layer_types(self) -> list[str]:

@@ -149,7 +149,7 @@ def attend(
     window = options["sliding_window"]
     if layout.documents is not None:
         return by_document(causal, query, key, value, layout.documents, window), None
-    if layout.order is None:
+    if layout.order is None or layout.back is None:
         return banded(causal, query, key, value, window), None
     query, key, value = (permute(x.transpose(1, 2), layout.order).transpose(1, 2) for x in (query, key, value))
     return permute(banded(causal, query, key, value, window), layout.back), None
@@ -167,7 +167,7 @@ def by_document(
     rows, _, length, _ = query.shape
     flat = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value)]  # [1, heads, b s, d]
     documents = zip(*(x.split(lengths, dim=2) for x in flat), strict=True)
-    outs = [banded(causal, *document, window) for document in documents]
+    outs = [banded(causal, q, k, v, window) for q, k, v in documents]
     return torch.cat(outs, dim=1).unflatten(1, (rows, length)).squeeze(0)
 
 

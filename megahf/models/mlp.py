@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +25,17 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "silu": F.silu,
     "quick_gelu": quick_gelu,
     "squared_relu": squared_relu,
 }
+
+
+class ResidualLinear(nn.Linear):
+    """A matrix that writes into the residual stream; it differs from others only in how it is initialised."""
 
 
 class MLP(nn.Module):
@@ -44,8 +49,7 @@ class MLP(nn.Module):
         self.offset = config.glu_linear_offset
         rows = (2 if self.gated else 1) * config.ffn_hidden_size
         self.linear_fc1 = nn.Linear(config.hidden_size, rows, bias=config.add_bias_linear)  # gate | up
-        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
-        self.linear_fc2.into_residual = True  # initialised narrower
+        self.linear_fc2 = ResidualLinear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = self.linear_fc1(hidden)  # [b, s, 2 f or f]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import CoreAttention
+from .mlp import ResidualLinear
 from .norm import LayerNorm, RMSNorm
 from .rope import RotaryEmbedding
 
@@ -49,7 +51,7 @@ class McorePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_megatron(cls, path: str | os.PathLike[str], **options: Any) -> McorePreTrainedModel:
+    def from_megatron(cls, path: str | Path, **options: Any) -> McorePreTrainedModel:
         """Loads a Megatron checkpoint directory of any parallel layout into this class; needs the megahf package.
 
         Args:
@@ -69,6 +71,16 @@ class McorePreTrainedModel(PreTrainedModel):
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self.auto_map}
         super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's, with names of run time or of disk: Trainer resumes with a file's tensors as they are named there."""
+        renamings = get_model_conversion_mapping(self, add_legacy=False)
+        renamed = {}
+        for name, tensor in state_dict.items():
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            renamed[name] = tensor
+        return super().load_state_dict(renamed, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Megatron's initialisation: normal, narrower by sqrt(2 L) where a layer writes into the residual stream."""
@@ -82,7 +94,7 @@ class McorePreTrainedModel(PreTrainedModel):
         elif isinstance(module, CoreAttention):
             if module.softmax_offset is not None:
                 init.normal_(module.softmax_offset, mean=0.0, std=std)
-        elif getattr(module, "into_residual", False):
+        elif isinstance(module, ResidualLinear):
             init.normal_(module.weight, mean=0.0, std=std / math.sqrt(2.0 * self.config.num_layers))
             if module.bias is not None:
                 init.zeros_(module.bias)

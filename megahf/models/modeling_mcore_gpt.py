@@ -40,9 +40,9 @@ class Embedding(nn.Module):
         if config.position_embedding_type == "learned_absolute":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor) -> Tensor:
-        """Tokens `[b, s]`, or their word vectors `[b, s, h]`, to the first hidden states `[b, s, h]`."""
-        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [b, s, h]
+    def forward(self, words: Tensor, position_ids: Tensor) -> Tensor:
+        """Word vectors `[b, s, h]` to the first hidden states `[b, s, h]`."""
+        hidden = words
         if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.position_embeddings(position_ids)
         if self.config.mup_embedding_mult != 1.0:
@@ -138,25 +138,31 @@ class McoreGPTModel(McoreGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]  # [b, s], for shape and device
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        positions = self.positions(tokens, past_key_values) if position_ids is None else position_ids
-        hidden = self.embedding(input_ids, inputs_embeds, positions)
+        words = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # [b, s, h]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        positions = self.positions(words, past_key_values) if position_ids is None else position_ids
+        hidden = self.embedding(words, positions)
         masks, layout = plan(self.config, hidden, attention_mask, position_ids, past_key_values)
         rotation = None if self.rotary_pos_emb is None else self.rotary_pos_emb(positions, self.dtype)
         call = {**layout, **kwargs, "past_key_values": past_key_values, "use_cache": use_cache}
         hidden = self.decoder(hidden, masks, position_embeddings=rotation, **call)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
-    def positions(self, tokens: Tensor, past_key_values: Cache | None) -> Tensor:
+    def positions(self, words: Tensor, past_key_values: Cache | None) -> Tensor:
         """Positions `[1, s]` counted on from the cache."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length = tokens.shape[1]
+        length = words.shape[1]
         limit = self.config.max_position_embeddings
-        if self.config.position_embedding_type == "learned_absolute" and isinstance(seen, int) and seen + length > limit:
+        if (
+            self.config.position_embedding_type == "learned_absolute"
+            and isinstance(seen, int)
+            and seen + length > limit
+        ):
             raise ValueError(f"{seen + length} tokens, but the model has learned {limit} positions")
-        return (torch.arange(length, device=tokens.device) + seen)[None]
+        return (torch.arange(length, device=words.device) + seen)[None]
 
 
 class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
@@ -164,11 +170,12 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"output_layer.weight": "model.embedding.word_embeddings.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"output_layer": "colwise_gather_output"}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"output_layer": "keep_full_weight"}
 
     def __init__(self, config: McoreGPTConfig) -> None:
         super().__init__(config)
         self.model = McoreGPTModel(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output_layer: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -227,8 +234,8 @@ class McoreGPTForSequenceClassification(GenericForSequenceClassification, McoreG
     """Tokens to one score a label, read at each row's last token."""
 
     def __init__(self, config: McoreGPTConfig) -> None:
-        # The generic class asks AutoModel for its body, which does not know a class that travels as code.
-        McoreGPTPreTrainedModel.__init__(self, config)
+        # Past the generic class, which asks AutoModel for the body: that knows no class that travels as code.
+        super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = McoreGPTModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -239,7 +246,7 @@ class McoreGPTForTokenClassification(GenericForTokenClassification, McoreGPTPreT
     """Tokens to one score a label and token."""
 
     def __init__(self, config: McoreGPTConfig) -> None:
-        McoreGPTPreTrainedModel.__init__(self, config)
+        super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = McoreGPTModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -254,7 +261,7 @@ class McoreGPTForQuestionAnswering(GenericForQuestionAnswering, McoreGPTPreTrain
     set_input_embeddings = McoreGPTPreTrainedModel.set_input_embeddings
 
     def __init__(self, config: McoreGPTConfig) -> None:
-        McoreGPTPreTrainedModel.__init__(self, config)
+        super(GenericForQuestionAnswering, self).__init__(config)
         self.model = McoreGPTModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

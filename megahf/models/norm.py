@@ -41,10 +41,11 @@ class LayerNorm(RMSNorm):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
         if self.zero_centered:
-            x, weight, bias = x.float(), 1 + weight.float(), bias.float()
-        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), self.eps).to(self.weight.dtype)
+            out = F.layer_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.bias.float(), self.eps)
+        else:
+            out = F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return out.to(self.weight.dtype)
 
 
 class L2Norm(nn.Module):

@@ -49,16 +49,16 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[b, s, 1, channels / 2]` of positions `[b, s]`, in `dtype` as Megatron casts them."""
+        """Cosines and sines `[b, s, 1, 1, channels / 2]` of positions `[b, s]`, in `dtype` as Megatron casts them."""
         positions = position_ids.to(self.inv_freq.device, torch.float32)
         if self.stretch is not None:
             positions = positions * (1 / self.stretch)
-        angles = (positions[..., None] * self.inv_freq)[:, :, None]  # [b, s, 1, channels / 2]
+        angles = (positions[..., None] * self.inv_freq)[:, :, None, None]  # [b, s, 1, 1, channels / 2]
         return (angles.cos() * self.concentration).to(dtype), (angles.sin() * self.concentration).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turns the pairs of the first channels of `x` `[b, s, heads, d]` by the angles `[b, s, 1, channels / 2]`.
+    """Turns the pairs of the first channels of `x` `[b, s, g, heads, d]` by the angles `[b, s, 1, 1, channels / 2]`.
 
     A pair is (i, i + channels / 2), or (2 i, 2 i + 1) if `interleaved`. Channels beyond those that turn pass through.
     """

@@ -1,0 +1,182 @@
+"""`megahf demo`: a real model goes through real Megatron and back, and answers where neither can be imported.
+
+Online, the model is SmolLM2 and the truth about it transformers' own Llama; offline it is the sample that comes with
+megahf, which real Megatron wrote, and the truth what Megatron's GPTModel said when it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from . import smollm2, stranger
+from .errors import refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE = Path(__file__).with_name("samples") / "zen"
+QUESTION = "What is gravity? Answer in one sentence."
+NEW_TOKENS = 100
+TOLERANCE = 1e-4  # of fp32 logits: sums of another order; a misplaced row of any weight is off by far more
+
+
+class Spoken(NamedTuple):
+    """What a model said to a question."""
+
+    input_ids: Tensor  # [s]: the question in its chat template, then the answer
+    prompt: int  # how many of them are the question's
+    logits: Tensor  # [s, vocabulary], fp32
+
+
+class Subject(NamedTuple):
+    """A Megatron checkpoint that the demo publishes, and how to know what its model says."""
+
+    checkpoint: Path
+    tokenizer: Path
+    questions: list[str]  # the first is the one whose answer is compared
+    authority: str
+    truth: Callable[[Spoken], Spoken]  # what the authority says to the question of the given
+
+
+def demo(offline: bool, keep: Path | None, prompt: str | None) -> None:
+    """Takes a model from Megatron's files to an answer, a line for each step.
+
+    Args:
+        offline: the sample of a few hundred KB instead of SmolLM2: no download, no Megatron.
+        keep: a new folder for the checkpoint and the Hub folder; without one nothing is left.
+        prompt: the question to ask.
+
+    Raises:
+        Refused: something is not installed, or the answer is not the one it should be.
+    """
+    started = time.monotonic()
+    with workplace(keep) as place:
+        subject = sample(prompt) if offline else through_megatron(place, prompt)
+        hub = publish(subject, place / "hub")
+        compare(ask(subject, hub, place), subject)
+    click.echo(f"{time.monotonic() - started:.0f} s altogether{f'; the model is in {hub}' if keep else ''}")
+
+
+@contextlib.contextmanager
+def workplace(keep: Path | None) -> Iterator[Path]:
+    """The folder to work in, gone afterwards unless it is to be kept."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="megahf-demo-") as folder:
+            yield Path(folder)
+        return
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise refuse("the folder to keep the demo in is not empty", keep, "choose another")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[list[str]]:
+    """One line: what is done, then what came of it (put into the list) and the seconds it took."""
+    started, results = time.monotonic(), list[str]()
+    click.echo(f"{what} ...", nl=False)
+    sys.stdout.flush()  # a process of ours may write next
+    yield results
+    click.echo(f" {', '.join([*results, f'{time.monotonic() - started:.1f} s'])}")
+
+
+def sample(prompt: str | None) -> Subject:
+    """The checkpoint that comes with megahf, and what Megatron's own model said when it was made."""
+    with step("a sample that megatron-core trained and saved, and what its GPTModel said"):
+        question, record = load_spoken(SAMPLE / "spoken.safetensors")
+    questions = [question, *([prompt] if prompt else [])]
+    return Subject(SAMPLE, SAMPLE / "tokenizer", questions, "megatron-core's GPTModel", lambda spoken: record)
+
+
+def through_megatron(place: Path, prompt: str | None) -> Subject:
+    """SmolLM2, taken in by Megatron's own GPTModel and saved by it at TP3 x PP2."""
+    from .judge import MEGATRON, require_megatron
+    from .judge.bench import Bench
+
+    require_megatron()
+    file = smollm2.gguf_file()
+    with step(f"transformers reads SmolLM2-135M-Instruct from {file.name}") as results:
+        model, tokenizer = smollm2.load(file)
+        tokenizer.save_pretrained(place / "tokenizer")
+        results.append(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")
+    with step(f"{MEGATRON} takes the weights into its GPTModel and saves them at TP3 x PP2 as torch_dist") as results:
+        import torch
+
+        torch.save(smollm2.megatron_state(model), place / "weights.pt")
+        layout = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2}
+        with Bench(size=6) as bench:
+            bench.save_weights(smollm2.arguments(model.config) | layout, place / "weights.pt", place / "megatron")
+        (place / "weights.pt").unlink()
+        results.append(f"{sum(1 for _ in (place / 'megatron').rglob('*.distcp'))} files by 6 processes")
+
+    def truth(spoken: Spoken) -> Spoken:
+        with torch.inference_mode():
+            question = spoken.input_ids[None, : spoken.prompt]  # [1, s]
+            said = model.generate(question, max_new_tokens=NEW_TOKENS, do_sample=False)
+            return Spoken(said[0], spoken.prompt, model(said).logits[0])
+
+    return Subject(place / "megatron", place / "tokenizer", [prompt or QUESTION], "transformers' own Llama", truth)
+
+
+def publish(subject: Subject, hub: Path) -> Path:
+    """What `megahf inspect` and `megahf convert` do."""
+    from .execute import Checks
+    from .export import MAX_SHARD_SIZE, carry_out, plan_for
+    from .inspection import architecture
+
+    with step("megahf inspect") as results:
+        plan = plan_for(subject.checkpoint, tokenizer=subject.tokenizer)
+    for line in (*plan.summary().splitlines(), *architecture(vars(plan.config)).splitlines()):
+        click.echo(f"    {line}")
+    with step("megahf convert") as results:
+        carry_out(plan, hub, MAX_SHARD_SIZE, subject.tokenizer, Checks(), False, lambda size: None)
+        results.append(f"{plan.nbytes / 1e6:.1f} MB in {len(plan.copies)} weights, each digested")
+    return hub
+
+
+def ask(subject: Subject, hub: Path, place: Path) -> Spoken:
+    """The folder is loaded and asked in a process that can import neither megahf nor Megatron, nor reach the Hub."""
+    out, home = place / "spoken.safetensors", place / "home"
+    # -I: no PYTHONPATH, no working directory. HF_HOME: no code of an earlier run, none left behind.
+    command = [sys.executable, "-I", stranger.__file__, hub, out, str(NEW_TOKENS), *subject.questions]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "TOKENIZERS_PARALLELISM": "false"}
+    with step("AutoModelForCausalLM in a process without megahf and without Megatron") as results:
+        click.echo()
+        ended = subprocess.run(command, env={**os.environ, **offline}, check=False)
+        if ended.returncode:
+            raise refuse(f"the process that loads the folder ended with {ended.returncode}", hub, "its reason is above")
+        results.append("   ")
+    return load_spoken(out)[1]
+
+
+def load_spoken(file: Path) -> tuple[str, Spoken]:
+    """The question, as far as it is recorded, and what was said to it."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        notes = stored.metadata()
+        spoken = Spoken(stored.get_tensor("input_ids"), int(notes["prompt"]), stored.get_tensor("logits"))
+    return notes.get("question", ""), spoken
+
+
+def compare(spoken: Spoken, subject: Subject) -> None:
+    """Refuses an answer that is not the authority's, token for token and in the logits."""
+    with step(f"against {subject.authority}") as results:
+        expected = subject.truth(spoken)
+        answers = [said.input_ids[said.prompt :].tolist() for said in (spoken, expected)]
+        if answers[0] != answers[1]:
+            raise refuse(f"greedy tokens {answers[0]}, {subject.authority} says {answers[1]}", subject.checkpoint)
+        difference = (spoken.logits - expected.logits).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise refuse(f"fp32 logits are {difference:.1e} off those of {subject.authority}", subject.checkpoint)
+        results.append(f"{len(answers[0])} greedy tokens equal, fp32 logits within {difference:.1e}")
