@@ -21,7 +21,7 @@ check: .venv/test
 	.venv/bin/mypy
 
 judge: .venv/test  ## the whole matrix against real Megatron; the record goes to conversion/results
-	.venv/bin/python -m tests.megatron.matrix
+	.venv/bin/python tests/megatron/matrix.py conversion/results/judge_$(shell date +%F).md
 
 bench: .venv/test
 	.venv/bin/python benchmarks/convert.py

@@ -346,5 +346,5 @@ def notes(args: Args) -> list[str]:
             f"rope_scaling_factor {args['rope_scaling_factor']} has no effect: Megatron's builders always run 8"
         )
     if args.get("rotary_seq_len_interpolation_factor") is not None:
-        said.append("rotary_seq_len_interpolation_factor is applied, though Megatron's gpt_builders of 2026 drop it")
+        said.append("rotary_seq_len_interpolation_factor is applied, as pretrain_gpt.py does; gpt_builders.py drops it")
     return said

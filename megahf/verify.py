@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from .checkpoint.safetensors import Written, stored
 from .errors import Problems, refuse
 from .execute import Checks, Ledger, pread, run, settle
 from .export import Progress
+from .jsonfile import read_json
 from .plan import Copy, build
 
 TOLERANCE = 3e-5  # of fp32 logits, which Megatron's own parallel layouts differ by
@@ -53,10 +53,10 @@ def verify(source: str | Path, folder: str | Path, *, progress: Progress = lambd
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        raise refuse("no config.json: not a converted folder", folder)
-    config: dict[str, Any] = json.loads(path.read_text())
+    """The config of a folder that `convert` wrote."""
+    config = read_json(folder / "config.json")
+    if type(config.get("vocab_size")) is not int:
+        raise refuse("not the config of a converted folder: there is no vocab_size", folder / "config.json")
     return config
 
 
@@ -88,8 +88,8 @@ def compare(pairs: list[tuple[Copy, Written]], here: Files, folder: Path, progre
     problems = Problems()
     for name in sorted(differing):
         problems.add("weights that differ from the checkpoint", name, "convert again")
-    recorded = json.loads((folder / "megahf.json").read_text())["weights"] if (folder / "megahf.json").exists() else {}
-    for name, digest in digests.items():
+    recorded = read_json(folder / "megahf.json").get("weights") if (folder / "megahf.json").exists() else {}
+    for name, digest in digests.items() if isinstance(recorded, dict) else ():
         if recorded and recorded.get(name) != digest and name not in differing:
             problems.add("weights whose digest in megahf.json is another", name)
     problems.raise_if_any()
@@ -112,11 +112,11 @@ def verify_logits(source: str | Path, folder: str | Path) -> float:
     import torch
 
     from .judge.bench import Bench, world
-    from .judge.namespace import defaults
+    from .judge.namespace import recovered
     from .models.modeling_mcore_gpt import McoreGPTForCausalLM
 
     checkpoint, config = open_checkpoint(source), read_config(Path(folder))
-    arguments = {name: value for name, value in checkpoint.args.items() if name in defaults()}
+    arguments = recovered(checkpoint.args)
     tokens = torch.randint(config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
     with Bench(world(arguments) if checkpoint.format == "torch" else 1) as bench:
         theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[..., : config["vocab_size"]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +49,29 @@ def load_dist(args: Namespace, models: list[GPTModel], folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import load_content_metadata
 
-    content = load_content_metadata(str(folder)) or {}
-    loaded = dist_checkpointing.load(sharded(models, content), str(folder))
+    with common_file(folder) as place:
+        content = load_content_metadata(str(place)) or {}
+        loaded = dist_checkpointing.load(sharded(models, content), str(place))
     for name, model in zip(names(models), models, strict=True):
         put(model, loaded[name])
+
+
+@contextmanager
+def common_file(folder: Path) -> Iterator[Path]:
+    """A folder with the same files and a `common.pt`, which 0.16.1 asks for and Megatron's main no longer writes."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+
+    if (folder / "common.pt").exists():
+        yield folder
+        return
+    asked = {"common": ShardedObject("common_state", None, (1,), (0,))}
+    state = get_default_load_sharded_strategy(str(folder)).load(asked, folder)["common"]
+    with tempfile.TemporaryDirectory(prefix="megahf-common-") as place:
+        for file in folder.iterdir():
+            (Path(place) / file.name).symlink_to(file.resolve())
+        torch.save(state, Path(place) / "common.pt")
+        yield Path(place)
 
 
 def load_dcp(args: Namespace, models: list[GPTModel], folder: Path) -> None:

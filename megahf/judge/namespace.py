@@ -12,6 +12,8 @@ from typing import Any
 
 from megahf.errors import refuse
 
+RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
+
 
 @cache
 def defaults() -> dict[str, Any]:
@@ -37,6 +39,12 @@ def namespace(arguments: Mapping[str, Any]) -> Namespace:
     derive_sizes(args)
     derive_run(args)
     return args
+
+
+def recovered(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What `namespace` takes of a stored Namespace: names of older Megatrons as they are now, foreign ones left out."""
+    renamed = {RENAMED.get(name, name): value for name, value in stored.items()}
+    return {name: value for name, value in renamed.items() if name in defaults()}
 
 
 def decoded(value: object) -> object:
@@ -67,6 +75,7 @@ def derive_run(args: Namespace) -> None:
     import torch
 
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    args.position_embedding_type = "rope" if args.use_rotary_position_embeddings else args.position_embedding_type
     args.bias_gelu_fusion = args.bias_gelu_fusion and args.add_bias_linear
     args.add_qkv_bias = args.add_qkv_bias or args.add_bias_linear
     args.attention_softmax_in_fp32 = args.attention_softmax_in_fp32 or args.apply_query_key_layer_scaling

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ def draw(whole: GPTModel, seed: int) -> None:
             around = 0.0 if parameter.data.max() == 0 else 1.0
             value = around + 0.2 * value
         else:
-            value *= 0.15 if "embedding" in name or "output_layer" in name else 1.2 / parameter.shape[1] ** 0.5
+            value *= 0.1 if "embedding" in name or "output_layer" in name else 1.2 / parameter.shape[1] ** 0.5
         parameter.data.copy_(value)
 
 
@@ -92,6 +92,8 @@ def save(arguments: Mapping[str, Any], source: Path, out: Path, format: str, ext
     Returns:
         The largest difference of the logits to the single process, on ranks of the last stage; None elsewhere.
     """
+    from megatron.core import parallel_state
+
     transformer_engine.extra_state = extra_state
     args, models = prepare(arguments)
     load_dist(args, models, source / "weights")
@@ -103,8 +105,9 @@ def save(arguments: Mapping[str, Any], source: Path, out: Path, format: str, ext
     for chunk in models:
         chunk.to(args.params_dtype)
     write(args, models, out, format)
-    if torch.distributed.get_rank() == 0:
-        torch.save(known | {"args": plain(args)}, out / "reference.pt")
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    if difference is not None and ranks == (0, 0):
+        torch.save(known | {"args": plain(args), "difference": difference}, out / "reference.pt")
     return difference
 
 
@@ -117,4 +120,4 @@ def logits(arguments: Mapping[str, Any], checkpoint: Path, format: str, input_id
     return None if found is None else found.numpy()  # a pipe takes arrays whole, tensors by shared memory
 
 
-TASKS = {"reference": reference, "save": save, "logits": logits}
+TASKS: dict[str, Callable[..., Any]] = {"reference": reference, "save": save, "logits": logits}

@@ -1,0 +1,98 @@
+"""The whole matrix against real Megatron, case by case into a record: `python tests/megatron/matrix.py RECORD.md`.
+
+Every kind meets every layout, format and dtype; every layout every format and layer spec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from cases import PINNED, SPECS, THOROUGH, Case, covering, possible_cases
+from compare import check
+
+from megahf.errors import Refused
+from megahf.judge.bench import Bench
+from megahf.judge.pool import Failed
+
+VERSIONS = ("megatron-core", "torch", "transformers")
+
+
+class Outcome(NamedTuple):
+    case: Case
+    sharded: float | None  # largest difference of Megatron's own sharded logits to one process
+    ours: float | None  # of megahf's
+    seconds: float
+    wrong: str
+
+
+def run(cases: list[Case]) -> Iterator[Outcome]:
+    """Each case written by Megatron, read by megahf, compared, and deleted."""
+    with Bench(size=4) as bench, tempfile.TemporaryDirectory(prefix="megahf-matrix-") as folder:
+        for case in cases:
+            began, out = time.monotonic(), Path(folder) / "checkpoint"
+            sharded = ours = None
+            wrong = ""
+            try:
+                sharded = bench.save(case.arguments, out, case.format, **SPECS[case.spec])
+                ours = check(out)
+            except (Failed, Refused, AssertionError, RuntimeError) as error:
+                wrong = str(error).strip().splitlines()[-1]
+            yield Outcome(case, sharded, ours, time.monotonic() - began, wrong)
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def report(outcomes: list[Outcome]) -> str:
+    """The record as Markdown."""
+    wrong = sum(1 for outcome in outcomes if outcome.wrong)
+    worst = max((outcome.ours for outcome in outcomes if outcome.ours is not None), default=0.0)
+    told = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
+    lines = [
+        "# megahf against real Megatron",
+        "",
+        f"{date.today()}, {platform.machine()}, Python {platform.python_version()}, {told}.",
+        "",
+        f"{len(outcomes)} checkpoints written by Megatron in {sum(outcome.seconds for outcome in outcomes):.0f} s, "
+        f"{wrong} of them read wrong. Weights are compared bit by bit, fp32 logits with those of Megatron in one "
+        f"process: at most {worst:.1e} off.",
+        "",
+        "| kind | layout | format | spec | dtype | sharded Megatron | megahf | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [" ".join(["|", *(f"{cell} |" for cell in row(outcome))]) for outcome in outcomes]
+    return "\n".join(lines) + "\n"
+
+
+def row(outcome: Outcome) -> list[str]:
+    numbers = ["" if number is None else f"{number:.1e}" for number in (outcome.sharded, outcome.ours)]
+    return [*outcome.case, *numbers, outcome.wrong or "equal"]
+
+
+def main() -> int:
+    """0 if every case is right; the record is written either way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--kind", action="append", help="only cases of this kind; may be given again")
+    options = parser.parse_args()
+    chosen = dict.fromkeys((*PINNED, *covering(possible_cases(), THOROUGH)))
+    cases = sorted(case for case in chosen if not options.kind or case.kind in options.kind)
+    outcomes = []
+    for outcome in run(cases):
+        outcomes.append(outcome)
+        print(f"{len(outcomes)}/{len(cases)} {outcome.case} {outcome.wrong or 'equal'}", flush=True)
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    options.record.write_text(report(outcomes), encoding="utf-8")
+    return int(any(outcome.wrong for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
