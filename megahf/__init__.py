@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .load import from_megatron
     from .models.configuration_mcore import McoreGPTConfig
     from .models.modeling_mcore_gpt import McoreGPTForCausalLM, McoreGPTModel
-    from .verify import verify
+    from .verification import verify
 
 # Public names and the module that has each: imported when first asked for, so that the command line starts at once.
 PUBLIC = {
     "convert": "export",
-    "verify": "verify",
+    "verify": "verification",
     "from_megatron": "load",
     "McoreGPTConfig": "models.configuration_mcore",
     "McoreGPTModel": "models.modeling_mcore_gpt",

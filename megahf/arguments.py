@@ -345,6 +345,11 @@ def notes(args: Args) -> list[str]:
         said.append(
             f"rope_scaling_factor {args['rope_scaling_factor']} has no effect: Megatron's builders always run 8"
         )
+    if args.get("tokenizer_type") == "NullTokenizer" and args.get("vocab_size"):
+        said.append(
+            f"tokenizer_type NullTokenizer: before 2026 Megatron gave it one more id, {args['vocab_size']}, for "
+            f"the end of a document; give --true-vocab-size {args['vocab_size'] + 1} to keep its row"
+        )
     if args.get("rotary_seq_len_interpolation_factor") is not None:
         said.append("rotary_seq_len_interpolation_factor is applied, as pretrain_gpt.py does; gpt_builders.py drops it")
     return said

@@ -83,18 +83,20 @@ def inspect(checkpoint: Path, true_vocab_size: int | None, as_json: bool) -> Non
 def convert(source: Path, target: Path, dry_run: bool, no_checksums: bool, **options: Any) -> None:
     """Convert the Megatron checkpoint SOURCE into the folder TARGET, for AutoModelForCausalLM."""
     from .execute import Checks, memory_bound
-    from .export import carry_out, plan_for
+    from .export import carry_out, dry_run_of, plan_for
+    from .plan import amount
 
     plan = plan_for(source, options["dtype"], options["true_vocab_size"], options["tokenizer"], options["strict"])
     click.echo(plan.summary())
     if dry_run:
-        buffers = memory_bound(plan.copies) / 1e6
-        click.echo(f"would write {plan.nbytes / 1e9:.2f} GB to {target}, with at most {buffers:.0f} MB of buffers")
+        dry_run_of(plan, target, options["max_shard_size"], options["overwrite"])
+        buffers = amount(memory_bound(plan.copies))
+        click.echo(f"would write {amount(plan.nbytes)} to {target}, with at most {buffers} in memory")
         return
     checks = Checks(not no_checksums, options["refuse_nonfinite"])
     with bar("converting", plan.nbytes) as progress:
         carry_out(plan, target, options["max_shard_size"], options["tokenizer"], checks, options["overwrite"], progress)
-    click.echo(f"wrote {target}: {len(plan.copies)} weights, {plan.nbytes / 1e9:.2f} GB")
+    click.echo(f"wrote {target}: {len(plan.copies)} weights, {amount(plan.nbytes)}")
     if no_checksums:
         click.echo("the source's integrity was not checked (--no-checksums)")
 
@@ -107,11 +109,12 @@ def convert(source: Path, target: Path, dry_run: bool, no_checksums: bool, **opt
 )
 def verify(source: Path, folder: Path, logits: bool) -> None:
     """Derive every weight of FOLDER again from the checkpoint SOURCE and compare bit for bit."""
-    from .verify import folder_size, verify, verify_logits
+    from .plan import amount
+    from .verification import folder_size, verify, verify_logits
 
     with bar("verifying", folder_size(folder)) as progress:
         result = verify(source, folder, progress=progress)
-    click.echo(f"{result.weights} weights, {result.nbytes / 1e9:.2f} GB: equal bit for bit")
+    click.echo(f"{result.weights} weights, {amount(result.nbytes)}: equal bit for bit")
     if logits:
         click.echo(f"largest difference of fp32 logits from megatron-core's: {verify_logits(source, folder):.2e}")
 

@@ -25,7 +25,7 @@ from .errors import Problems, refuse
 from .plan import Copy
 from .tiles import Tile, Tiled
 
-BUFFER = 4 << 20  # bytes of a piece; two threads with this much were seen to beat `cp`
+BUFFER = 1 << 20  # bytes of a piece: stays in a core's cache while it is read, checked, digested and written
 THREADS = 2
 
 Sink = Callable[[Copy, int, np.ndarray], None]  # weight, byte offset in it, the bytes
@@ -41,9 +41,13 @@ class Checks:
 
 @dataclass
 class Ledger:
-    """Which bytes of which stored run were read, and their CRCs: the account that every source byte passed."""
+    """Which bytes of which stored run were read, and their CRCs: the account that every source byte passed.
+
+    Pieces that follow one another become one, so that the account of a model of any size stays short.
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # (file, offset of the stored run) -> where a stretch that was read ends -> where it starts, and its CRC
     read: dict[tuple[str, int], dict[int, tuple[int, int]]] = field(default_factory=lambda: defaultdict(dict))
 
     def note(self, file: MappedFile, offset: int, piece: np.ndarray) -> None:
@@ -51,32 +55,34 @@ class Ledger:
         entry = file.entry_at(offset)
         if entry is None or entry.crc is None:
             return
-        crc = zlib.crc32(piece)
         with self.lock:
-            self.read[str(file.path), entry.offset][offset] = (piece.nbytes, crc)
+            stretches = self.read[str(file.path), entry.offset]
+            start, crc = stretches.pop(offset, (offset, 0))
+        crc = zlib.crc32(piece, crc)
+        with self.lock:
+            stretches[offset + piece.nbytes] = (start, crc)
 
     def dump(self) -> list[list[int | str]]:
         """As rows that JSON takes."""
-        return [[*run, at, *piece] for run, pieces in self.read.items() for at, piece in pieces.items()]
+        return [[*run, end, *rest] for run, stretches in self.read.items() for end, rest in stretches.items()]
 
     def load(self, rows: list[list[int | str]]) -> None:
-        for path, run, at, size, crc in rows:
-            self.read[str(path), int(run)][int(at)] = (int(size), int(crc))
+        for path, run, end, start, crc in rows:
+            self.read[str(path), int(run)][int(end)] = (int(start), int(crc))
 
     def settle(self, file: MappedFile, entry: Entry, buffer: np.ndarray) -> bool:
-        """Whether the pieces of `entry` make its CRC; bytes that no weight took (padding) are read for it here."""
-        pieces = self.read.get((str(file.path), entry.offset), {})
-        at, crc, end = entry.offset, 0, entry.offset + entry.size
-        for start in [*sorted(pieces), end]:
+        """Whether the bytes of `entry` make its CRC; those that no weight took (padding) are read for it here."""
+        read = self.read.get((str(file.path), entry.offset), {})
+        at, crc, last = entry.offset, 0, entry.offset + entry.size
+        for start, end, stretch in [*sorted((start, end, crc) for end, (start, crc) in read.items()), (last, last, 0)]:
             while at < start:
                 size = min(start - at, buffer.nbytes)
-                crc = combine(crc, zlib.crc32(pread(file, at, buffer[:size])), size)
+                crc = zlib.crc32(pread(file, at, buffer[:size]), crc)
                 at += size
-            if start == at and start != end:
-                size, piece = pieces[start]
-                crc = combine(crc, piece, size)
-                at += size
-        return at == end and crc == entry.crc
+            if start == at:
+                crc = combine(crc, stretch, end - start)
+                at = end
+        return at == last and crc == entry.crc
 
 
 def run(
@@ -200,8 +206,8 @@ class Pieces:
 
     def fetch(self, tile: Tile, values: np.ndarray) -> None:
         """One tile to its place: straight into it where both sides are one run of bytes, else by way of the spare."""
-        place = (slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))
-        target = values[(*place, ...)]  # the ellipsis keeps a scalar's place an array
+        place = tuple(slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))
+        target = values[place] if place else values
         file, offset = self.files.locate(tile.view)
         size = span(tile.view)
         direct = size == tile.view.nbytes == target.nbytes and target.flags.c_contiguous and in_order(tile.view)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .errors import refuse
 from .execute import Checks, Ledger, run, settle
 from .folder import small_files, tokenizer_size
 from .plan import Copy, Plan, build
-from .staging import Staging, explained
+from .staging import Staging, explained, replaceable
 
 Progress = Callable[[int], None]
 MAX_SHARD_SIZE = "5GB"
@@ -86,9 +87,10 @@ def carry_out(
     progress: Progress,
 ) -> None:
     """Executes `plan` into `target`, taking up what an earlier run of the same plan staged."""
-    files = shards(sorted(plan.copies, key=lambda copy: natural(copy.runtime)), parse_size(max_shard_size))
+    files = dry_run_of(plan, target, max_shard_size, overwrite)
     ledger, digests = Ledger(), dict[str, str]()
-    recipe = f"{plan.digest} {[shard.file for shard in files]} {checks}"
+    headers = hashlib.sha256(b"".join(shard.header for shard in files)).hexdigest()
+    recipe = f"{plan.digest} {headers} {checks}"
     with Staging(target, recipe, sum(shard.nbytes for shard in files), overwrite) as staging:
         for shard in files:
             record = staging.done(shard.file)
@@ -107,13 +109,27 @@ def carry_out(
         staging.commit(small)
 
 
+def dry_run_of(plan: Plan, target: Path, max_shard_size: str | int, overwrite: bool) -> list[Shard[Copy]]:
+    """The files that `plan` would be written to; refuses what can be refused before a byte moves."""
+    with explained(target):
+        source, place = plan.checkpoint.path.resolve(), target.resolve()
+        if place == source or place in source.parents:
+            raise refuse("the target holds the checkpoint itself", target, "choose another folder")
+        replaceable(target, overwrite)
+    return shards(sorted(plan.copies, key=lambda copy: natural(copy.runtime)), parse_size(max_shard_size))
+
+
 def write(shard: Shard[Copy], staging: Staging, plan: Plan, checks: Checks, progress: Progress) -> dict[str, Any]:
     """One safetensors file; what to remember of it."""
     ledger = Ledger()
     with explained(staging.target), staging.writing(shard.file, shard.nbytes) as fd:
+        turn = threading.Lock()  # the kernel takes one write at a time into a file; threads that wait there burn a core
 
         def sink(copy: Copy, offset: int, data: np.ndarray) -> None:
-            write_all(fd, data, shard.offsets[copy.name] + offset)
+            place = shard.offsets[copy.name] + offset
+            with turn:
+                write_all(fd, data, place)
+            start_writeback(fd, place, data.nbytes)
 
         write_all(fd, np.frombuffer(shard.header, np.uint8), 0)
         digests = run(shard.weights, plan.checkpoint.files, sink, checks, ledger, progress)
@@ -126,15 +142,15 @@ def write_all(fd: int, data: np.ndarray, offset: int) -> None:
         done += os.pwrite(fd, view[done:], offset + done)
 
 
+def start_writeback(fd: int, offset: int, size: int) -> None:
+    """Has the disk begin with these bytes while the next ones are read, so that little is left for the sync at the end.
+
+    Linux answers "not needed" about unwritten pages by starting to write them, and keeps them; other systems may not.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layer 2 before layer 10: the order in which `save_pretrained` fills its shards."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def read_provenance(folder: Path) -> dict[str, object]:
-    """The `megahf.json` of a converted folder."""
-    path = folder / "megahf.json"
-    if not path.exists():
-        raise refuse("no megahf.json: not a folder that megahf converted", folder)
-    record: dict[str, object] = json.loads(path.read_text())
-    return record

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 
 from . import __version__, dtypes
 from .errors import refuse
+from .jsonfile import read_json
 from .plan import Plan
 
 MODELS = Path(__file__).with_name("models")
@@ -68,12 +68,11 @@ def code() -> tuple[Path, ...]:
 
 
 def config_json(plan: Plan, special: Mapping[str, int]) -> dict[str, Any]:
-    stored = Counter(dtypes.TORCH_NAME[copy.dtype] for copy in plan.copies)
     return {
         "architectures": ["McoreGPTForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_type": "mcore_gpt",
-        "dtype": stored.most_common(1)[0][0],
+        "dtype": dtypes.TORCH_NAME[plan.dtype],
         "transformers_version": transformers_version(),
         "use_cache": True,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
@@ -121,27 +120,34 @@ def provenance(plan: Plan, digests: Mapping[str, str]) -> dict[str, Any]:
 
 def tokenizer_size(folder: Path) -> int:
     """One more than the largest token id of the tokenizer saved in `folder`."""
-    path = folder / "tokenizer.json"
+    return 1 + max(token_ids(folder).values())
+
+
+def token_ids(folder: Path) -> dict[str, int]:
+    """Every token of the tokenizer saved in `folder`, and its id."""
+    path, remedy = folder / "tokenizer.json", "save the tokenizer there with save_pretrained of a fast tokenizer"
     if not path.exists():
-        raise refuse("no tokenizer.json", folder, "save the tokenizer there with save_pretrained of a fast tokenizer")
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    vocab = tokenizer.get("model", {}).get("vocab", {})
-    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
-    return 1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens", ()))])
+        raise refuse("there is no tokenizer.json", folder, remedy)
+    tokenizer = read_json(path)
+    try:
+        vocab = tokenizer["model"]["vocab"]
+        ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise refuse(f"the tokenizer cannot be read: {error!r}", path, remedy) from error
+    if not ids or not all(type(number) is int for number in ids.values()):
+        raise refuse("the tokenizer has no tokens with numbers", path, remedy)
+    return ids
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer saved in `folder`."""
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocab = tokenizer.get("model", {}).get("vocab", {})
-    ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
-    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    settings, ids = read_json(path) if path.exists() else {}, token_ids(folder)
     found = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
+        if isinstance(token, str) and token in ids:
             found[f"{name}_id"] = ids[token]
     return found

@@ -12,7 +12,7 @@ from .arguments import grid
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import Refused
 from .layouts import layers
-from .plan import Plan, build
+from .plan import Plan, amount, build
 from .weights import weights
 
 if TYPE_CHECKING:
@@ -36,14 +36,15 @@ def inspect(path: str | Path, true_vocab_size: int | None = None) -> Report:
 def header(checkpoint: Checkpoint) -> Report:
     """What is known before the table is walked."""
     ranks = grid(checkpoint.args)
+    sizes = [path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file()]
     return {
         "checkpoint": str(checkpoint.path),
         "format": checkpoint.format,
         "iteration": checkpoint.iteration if checkpoint.iteration is not None else "release",
         "checkpoint_version": checkpoint.version,
         "written_by": str(ranks),
-        "files": len(checkpoint.files),
-        "bytes_on_disk": sum(file.size for file in checkpoint.files),
+        "files": len(sizes),
+        "bytes_on_disk": sum(sizes),
         "refused": [],
     }
 
@@ -186,11 +187,3 @@ def weight_table(rows: list[Report]) -> Table:
         shape = " x ".join(map(str, row["shape"]))
         table.add_row(row["name"], shape, row["cut"], row["dtype"], str(row["count"]), amount(row["bytes"]))
     return table
-
-
-def amount(size: int) -> str:
-    """Bytes in words."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size} bytes"

@@ -61,7 +61,7 @@ def by_numbers(grid: Grid, num_layers: int) -> dict[Chunk, int]:
         raise refuse(f"{left} layers do not divide over {others} pipeline stages", "args")
     stages = [given.get(rank, left // max(others, 1)) for rank in range(grid.pipeline)]
     if min(stages) < 0:
-        raise refuse(f"stages of {stages} layers", "args", "the args do not describe the run that wrote this checkpoint")
+        raise refuse(f"stages of {stages} layers", "args", "these are not the args of the run that wrote it")
     if any(count % grid.virtual for count in stages):
         raise refuse(f"stages of {stages} layers do not divide into {grid.virtual} virtual chunks", "args")
     counts = {(rank, v): stages[rank] // grid.virtual for rank in range(grid.pipeline) for v in range(grid.virtual)}

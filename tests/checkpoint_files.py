@@ -60,8 +60,9 @@ def write_rank(
 
 def write_grid(root: Path, grid: Grid, names: Mapping[str, Rank]) -> None:
     """A directory with a file for each rank; the seed of a rank's weights is its place in `names`."""
-    for seed, name in enumerate(names):
-        write_rank(root / name, arguments(*grid, rank=seed, local_rank=seed % 2), {"model": state(seed)})
+    for seed, (name, rank) in enumerate(names.items()):
+        number = rank.tensor + grid[0] * seed  # Megatron counts tensor ranks fastest
+        write_rank(root / name, arguments(*grid, rank=number, local_rank=seed % 2), {"model": state(seed)})
 
 
 def bits(tensor: torch.Tensor) -> bytes:

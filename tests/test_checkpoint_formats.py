@@ -214,6 +214,14 @@ def test_ranks_of_two_iterations_are_refused(grid: Path) -> None:
         open_checkpoint(grid)
 
 
+def test_files_in_one_anothers_directory_are_refused(grid: Path) -> None:
+    (grid / "mp_rank_00_000").rename(grid / "away")
+    (grid / "mp_rank_01_000").rename(grid / "mp_rank_00_000")
+    (grid / "away").rename(grid / "mp_rank_01_000")
+    with pytest.raises(Refused, match=r"tensor rank 1, not 0 \(mp_rank_00_000"):
+        open_checkpoint(grid)
+
+
 def test_ranks_of_two_runs_are_refused_by_the_argument(grid: Path) -> None:
     write_rank(grid / "mp_rank_01_001", arguments(2, 2, seed=7), {"model": state()})
     with pytest.raises(Refused, match=r"args\.seed: None and 7"):

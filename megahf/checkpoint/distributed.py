@@ -306,6 +306,7 @@ class Reader:
         opened = read_torch(file, where, place.offset, place.size)
         with malformed_is_refused(where):
             array = tensor_of(opened.root, opened.storage, file, where)
+        file.forget()
         if array is None or array.shape != chunk.shape or array.dtype != whole.dtype:
             found = word(opened.root) if array is None else f"{array.dtype}{list(array.shape)}"
             raise refuse(f"the chunk is {found}, not {whole.dtype}{list(chunk.shape)}", where, DAMAGED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megahf.checkpoint import Checkpoint, Holding, Rank, iteration_in
@@ -120,11 +120,27 @@ def placed_ranks(files: list[RankFile]) -> dict[Rank, RankFile]:
             problems.add(
                 f"this rank is too many: the args say {meant}", file.where, "remove what is left of another run"
             )
+        if rank in placed:
+            both = f"{placed[rank].where} and {file.where}"
+            problems.add("two files are of one rank", both, "remove what is left of another run")
         placed[rank] = file
+    for what, where in strangers(placed, tensor):
+        problems.add(what, where, "put every file back into the directory of its rank")
     for lacking in missing_ranks(set(placed), tensor, pipeline, expert):
         problems.add(f"ranks are missing: the args say {meant}", lacking, MISSING)
     problems.raise_if_any()
     return placed
+
+
+def strangers(placed: Mapping[Rank, RankFile], tensor: int) -> Iterator[tuple[str, str]]:
+    """Files in another rank's directory, where the files say who wrote them: tensor ranks are counted fastest."""
+    wrote = [(rank, file, file.args.get("rank")) for rank, file in placed.items()]
+    if len({number for _, _, number in wrote}) != len(wrote):
+        return  # all alike: this writer does not say
+    for rank, file, number in wrote:
+        if type(number) is int and number % tensor != rank.tensor:
+            its = f"tensor rank {number % tensor}, not {rank.tensor}"
+            yield f"rank {number} of the run wrote this file: {its}", file.where
 
 
 def missing_ranks(there: set[Rank], tensor: int, pipeline: int, expert: int) -> Iterator[str]:
@@ -179,5 +195,6 @@ def holding_of(rank: Rank, chunk: int, records: object, opened: TorchFile, where
         else:
             problems.add(f"the model holds a {word(record)}", f"{where} {key}", UNKNOWN)
     problems.raise_if_any()
+    opened.file.forget()
     shapes = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     return Holding(where, rank, chunk, shapes, objects, lambda key: Tiled.of(tensors[key]))

@@ -86,6 +86,10 @@ class MappedFile:
                 )
         return self._descriptor
 
+    def forget(self) -> None:
+        """Gives back the pages that were looked at: parsing a storage's header maps 64 KB of the file around it."""
+        self.map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Gives the descriptor back. The mapping itself lives on until the last array on it is gone."""
         if self._descriptor is not None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import dtypes
 from ..errors import Problems, refuse
+from ..jsonfile import read_json
 from .mapped import Files, MappedFile
 
 INDEX = "model.safetensors.index.json"
@@ -57,9 +58,10 @@ class Shard(Generic[W]):
 def parse_size(text: str | int) -> int:
     """`5GB`, `300MB`, `2GiB` or a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text))
-    if not match or match[2].upper() not in UNITS:
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
         raise refuse(f"{text!r} is not a size", "--max-shard-size", "write it like 5GB, 300MB or 2GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return size
 
 
 def shards(weights: Sequence[W], max_size: int) -> list[Shard[W]]:
@@ -164,7 +166,9 @@ def stored(folder: Path, files: Files) -> dict[str, Written]:
                 problems.add(f"{name} is in two files", path)
             found[name] = written
     if (folder / INDEX).exists():
-        places = json.loads((folder / INDEX).read_text())["weight_map"]
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise refuse("the index cannot be read: it has no weight_map", folder / INDEX)
         for name in sorted(set(places) ^ set(found)):
             problems.add("index and files differ", name)
         for name in sorted(set(places) & set(found)):
@@ -186,6 +190,8 @@ def header(file: MappedFile) -> dict[str, Written]:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             dtype, shape = dtypes.BY_SAFETENSORS[entry["dtype"]], tuple(entry["shape"])
+            if not all(type(size) is int and size >= 0 for size in (start, end, *shape)):
+                raise ValueError(f"{name} has the shape {shape} and the place {start} to {end}")
             if start != at or end - start != math.prod(shape) * dtype.itemsize:
                 raise refuse(f"the bytes of {name} are not where its shape needs them", file.path)
             tensors[name] = Written(file, 8 + length + start, shape, dtype)

@@ -35,7 +35,10 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor | None:
         """The extra logit of each head `[n]`, or None. `query` is `[b, n, s, d]`."""
-        return query.new_zeros(query.shape[1]) if self.off_by_one else self.softmax_offset
+        if self.off_by_one:
+            return query.new_zeros(query.shape[1])
+        # Tensor parallelism leaves a DTensor, and queries that are plain tensors of this rank's heads.
+        return getattr(self.softmax_offset, "to_local", lambda: self.softmax_offset)()
 
 
 class SelfAttention(nn.Module):
@@ -51,6 +54,8 @@ class SelfAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_query_groups  # query heads a group
         self.scaling = config.softmax_scale or config.kv_channels**-0.5
         self.rotary = config.rotary_layers[layer_idx]
+        self.interleaved = config.rotary_interleaved
+        self.dropout = config.attention_dropout
         self.gated = config.attention_output_gate
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
@@ -62,7 +67,7 @@ class SelfAttention(nn.Module):
         self.linear_proj = ResidualLinear(width, config.hidden_size, bias=config.add_bias_linear)
         self.q_layernorm = build_qk_norm(config)
         self.k_layernorm = build_qk_norm(config)
-        self.core_attention = CoreAttention(config)
+        self.core_attention = CoreAttention(config) if config.softmax_type != "vanilla" else None
 
     def forward(
         self,
@@ -91,13 +96,13 @@ class SelfAttention(nn.Module):
         """Queries `[b, n, s, d]`, keys and values `[b, g, s, d]`, normed and rotated; gates `[b, s, n d]` or None."""
         per_group = self.num_key_value_groups
         heads = [per_group, per_group if self.gated else 0, 1, 1]
-        mixed = self.linear_qkv(hidden).unflatten(-1, (-1, sum(heads), self.head_dim))  # [b, s, g, heads, d]
-        query, gate, key, value = mixed.split(heads, dim=3)
+        mixed = self.linear_qkv(hidden).view(*hidden.shape[:-1], -1, sum(heads), self.head_dim)  # [b, s, g, heads, d]
+        query, gate, key, value = mixed.split_with_sizes(heads, dim=3)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.rotary and position_embeddings is not None:
             cos, sin = position_embeddings
-            query, key = (rotate(x, cos, sin, self.config.rotary_interleaved) for x in (query, key))
+            query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
         query, key, value = (x.flatten(2, 3).transpose(1, 2) for x in (query, key, value))
         return query, key, value, gate.flatten(2) if self.gated else None
 
@@ -109,11 +114,11 @@ class SelfAttention(nn.Module):
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         options = {
             "scaling": self.scaling,
-            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "dropout": self.dropout if self.training else 0.0,
             "sliding_window": self.sliding_window,
             **kwargs,
         }
-        sinks = self.core_attention(query)
+        sinks = None if self.core_attention is None else self.core_attention(query)
         if implementation == "sdpa":
             return attend(interface, self, query, key, value, mask, layout, sinks, **options)
         if sinks is not None:

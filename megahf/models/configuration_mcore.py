@@ -100,17 +100,7 @@ class McoreGPTConfig(PreTrainedConfig):
         self.kv_channels = self.kv_channels or self.hidden_size // self.num_attention_heads
         self.add_qkv_bias = self.add_qkv_bias or self.add_bias_linear
         super().__post_init__(**kwargs)
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallel cuts the base model; a gated fc1 is `gate | up`, cut in each half."""
-        return {
-            "embedding.word_embeddings": "embedding_rowwise",
-            "decoder.layers.*.self_attention.linear_qkv": "colwise",
-            "decoder.layers.*.self_attention.linear_proj": "rowwise",
-            "decoder.layers.*.mlp.linear_fc1": "packed_colwise" if self.gated_linear_unit else "colwise",
-            "decoder.layers.*.mlp.linear_fc2": "rowwise",
-        }
+        self.base_model_tp_plan = tensor_parallel_plan(self)  # after transformers 5.17 would add names that are Llama's
 
     @property
     def sliding_window(self) -> int | None:
@@ -202,6 +192,23 @@ class McoreGPTConfig(PreTrainedConfig):
         if self.position_embedding_type == "yarn" or self.rotary_percent >= 1.0:
             return self.kv_channels
         return int(self.kv_channels * self.rotary_percent)
+
+
+def tensor_parallel_plan(config: McoreGPTConfig) -> dict[str, str]:
+    """How tensor parallelism cuts the base model, in transformers' words; a gated fc1 is cut in each of `gate | up`."""
+    plan = {
+        "embedding.word_embeddings": "embedding_rowwise",
+        "decoder.layers.*.self_attention.linear_qkv": "colwise",
+        "decoder.layers.*.self_attention.linear_proj": "rowwise",
+        "decoder.layers.*.mlp.linear_fc1": "packed_colwise" if config.gated_linear_unit else "colwise",
+        "decoder.layers.*.mlp.linear_fc2": "rowwise",
+    }
+    if config.softmax_type == "learnable":
+        plan["decoder.layers.*.self_attention.core_attention.softmax_offset"] = "colwise"
+    if config.qk_layernorm and not config.qk_l2_norm:  # whole on each rank, which sees its own heads only
+        plan["decoder.layers.*.self_attention.q_layernorm"] = "replicated_with_grad_allreduce"
+        plan["decoder.layers.*.self_attention.k_layernorm"] = "replicated_with_grad_allreduce"
+    return plan
 
 
 def layer_pattern(frequency: int | list[int] | None, layers: int, every_nth: bool) -> list[bool]:

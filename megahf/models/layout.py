@@ -42,6 +42,7 @@ class Layout(NamedTuple):
 
 def plan(
     config: PreTrainedConfig,
+    types: list[str],
     hidden: Tensor,
     attention_mask: Tensor | dict[str, Tensor] | None,
     position_ids: Tensor | None,
@@ -50,30 +51,33 @@ def plan(
     """A mask for each type of layer (None where none is needed), and what else the attention call is to be told.
 
     Args:
+        types: the types of layer there are: `full_attention`, `sliding_attention`.
         hidden: embeddings `[b, s, h]`.
         attention_mask: None, `[b, s_k]` (1 a token, 0 padding), `[b, 1, s, s_k]`, or one of those a layer type.
         position_ids: the caller's own `[b, s]`, None if there are none. Packed documents are seen by them: each
             starts at 0. Positions that only jump (a rank's part of a longer context) are no documents.
     """
-    types = sorted(set(config.layer_types))
     if isinstance(attention_mask, dict):
         return {kind: attention_mask.get(kind) for kind in types}, {}
     if attention_mask is not None and attention_mask.dim() == 4:
         return dict.fromkeys(types, attention_mask), {}
 
     prefill = hidden.shape[1] > 1 and is_empty(past_key_values)
-    documents = packed_documents(position_ids, len(hidden)) if prefill and attention_mask is None else None
-    if prefill and config._attn_implementation == "sdpa":
+    positions = position_ids if prefill and attention_mask is None else None
+    documents = packed_documents(positions, len(hidden))
+    maybe = positions is not None and torch.compiler.is_compiling()  # a compiled graph cannot look at positions
+    if prefill and config._attn_implementation == "sdpa" and not maybe:
         layout = layout_of(attention_mask, hidden.shape[1]) if documents is None else Layout(documents=documents)
         if layout is not None:
             return dict.fromkeys(types), {"layout": layout}
+    # transformers looks for packed documents where there are positions and no cache: only where there may be some.
+    packed = positions if documents is not None or maybe else None
     arguments = {
         "config": config,
         "inputs_embeds": hidden,
         "attention_mask": attention_mask,
-        # transformers looks for packed documents where there are positions and no cache: only where there are some.
-        "past_key_values": past_key_values if documents is None else None,
-        "position_ids": None if documents is None else position_ids,
+        "past_key_values": past_key_values if packed is None else None,
+        "position_ids": None if packed is None else within_documents(packed),
     }
     masks = {kind: MASKS[kind](**arguments) for kind in types}
     return masks, {} if documents is None else varlen(documents, hidden.device)
@@ -107,6 +111,12 @@ def packed_documents(position_ids: Tensor | None, rows: int) -> list[int] | None
     starts[:, 0] = True
     edges = starts.flatten().nonzero().flatten().tolist()
     return [end - start for start, end in zip(edges, [*edges[1:], starts.numel()], strict=True)]
+
+
+def within_documents(position_ids: Tensor) -> Tensor:
+    """Places `[b, s]` counted from where positions last were 0: without the jumps that are no documents' edges."""
+    places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    return places - torch.where(position_ids == 0, places, 0).cummax(dim=-1).values
 
 
 def layout_of(attention_mask: Tensor | None, length: int) -> Layout | None:

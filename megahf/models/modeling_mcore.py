@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,7 +73,7 @@ class McorePreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As torch's, with names of run time or of disk: Trainer resumes with a file's tensors as they are named there."""
+        """As torch's, with names of run time or of disk: Trainer resumes with tensors as their file names them."""
         renamings = get_model_conversion_mapping(self, add_legacy=False)
         renamed = {}
         for name, tensor in state_dict.items():

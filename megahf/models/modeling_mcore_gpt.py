@@ -35,21 +35,19 @@ class Embedding(nn.Module):
 
     def __init__(self, config: McoreGPTConfig) -> None:
         super().__init__()
-        self.config = config
+        learned = config.position_embedding_type == "learned_absolute"
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.position_embedding_type == "learned_absolute":
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.multiplier = config.mup_embedding_mult
+        self.in_float32 = config.fp32_residual_connection
+        self.dropout = config.hidden_dropout
 
     def forward(self, words: Tensor, position_ids: Tensor) -> Tensor:
-        """Word vectors `[b, s, h]` to the first hidden states `[b, s, h]`."""
-        hidden = words
-        if self.config.position_embedding_type == "learned_absolute":
-            hidden = hidden + self.position_embeddings(position_ids)
-        if self.config.mup_embedding_mult != 1.0:
-            hidden = hidden * self.config.mup_embedding_mult
-        if self.config.fp32_residual_connection:
-            hidden = hidden.float()
-        return F.dropout(hidden, self.config.hidden_dropout, self.training)
+        """Word vectors `[b, s, h]` and positions `[b, s]` to the first hidden states `[b, s, h]`."""
+        hidden = words if self.position_embeddings is None else words + self.position_embeddings(position_ids)
+        if self.multiplier != 1.0:
+            hidden = hidden * self.multiplier
+        return F.dropout(hidden.float() if self.in_float32 else hidden, self.dropout, self.training)
 
 
 class TransformerLayer(GradientCheckpointingLayer):
@@ -65,9 +63,11 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attention(self.input_layernorm(hidden), **kwargs)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        hidden = hidden + F.dropout(self.mlp(self.pre_mlp_layernorm(hidden)), self.dropout, self.training)
-        return hidden
+        hidden = self.add(hidden, attended)
+        return self.add(hidden, self.mlp(self.pre_mlp_layernorm(hidden)))
+
+    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
+        return hidden + (F.dropout(update, self.dropout) if self.training else update)
 
 
 class TransformerBlock(nn.Module):
@@ -76,6 +76,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: McoreGPTConfig) -> None:
         super().__init__()
         self.layer_types = config.layer_types
+        self.mask_types = sorted(set(self.layer_types))
         self.layers = nn.ModuleList(TransformerLayer(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = build_norm(config, config.hidden_size)
 
@@ -145,7 +146,9 @@ class McoreGPTModel(McoreGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         positions = self.positions(words, past_key_values) if position_ids is None else position_ids
         hidden = self.embedding(words, positions)
-        masks, layout = plan(self.config, hidden, attention_mask, position_ids, past_key_values)
+        masks, layout = plan(
+            self.config, self.decoder.mask_types, hidden, attention_mask, position_ids, past_key_values
+        )
         rotation = None if self.rotary_pos_emb is None else self.rotary_pos_emb(positions, self.dtype)
         call = {**layout, **kwargs, "past_key_values": past_key_values, "use_cache": use_cache}
         hidden = self.decoder(hidden, masks, position_embeddings=rotation, **call)
@@ -219,6 +222,13 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """Shape of a cache made ahead of its keys; None, which waits for them, where ranks share out the heads.
+
+        transformers knows which matrix makes a rank's keys by names that are not Megatron's.
+        """
+        return super()._get_static_cache_init_shape() if (self._tp_size or 1) == 1 else None
 
     @staticmethod
     def create_masks_for_generate(

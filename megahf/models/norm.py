@@ -25,9 +25,12 @@ class RMSNorm(nn.Module):
         self.zero_centered = zero_centered
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
         if self.zero_centered:
-            return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(self.weight.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+            return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), self.eps).to(weight.dtype)
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, zero_centered={self.zero_centered}"

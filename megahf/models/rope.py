@@ -63,12 +63,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     A pair is (i, i + channels / 2), or (2 i, 2 i + 1) if `interleaved`. Channels beyond those that turn pass through.
     """
     channels = 2 * cos.shape[-1]
-    turned, rest = x[..., :channels], x[..., channels:]
+    turned = x if channels == x.shape[-1] else x[..., :channels]
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     first, second = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    if interleaved:
-        return torch.cat((torch.stack((first, second), dim=-1).flatten(-2), rest), dim=-1)
-    return torch.cat((first, second, rest) if rest.shape[-1] else (first, second), dim=-1)
+    parts = (torch.stack((first, second), dim=-1).flatten(-2),) if interleaved else (first, second)
+    return torch.cat(parts if turned is x else (*parts, x[..., channels:]), dim=-1)
 
 
 def llama3_frequencies(plain: Tensor, factor: float) -> Tensor:

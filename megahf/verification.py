@@ -119,7 +119,9 @@ def verify_logits(source: str | Path, folder: str | Path) -> float:
     arguments = recovered(checkpoint.args)
     tokens = torch.randint(config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
     with Bench(world(arguments) if checkpoint.format == "torch" else 1) as bench:
-        theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[..., : config["vocab_size"]]
+        theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[
+            ..., : config["vocab_size"]
+        ]
     with torch.no_grad():
         ours = McoreGPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
     difference = float(abs(ours.numpy() - theirs).max())
