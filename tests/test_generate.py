@@ -92,17 +92,6 @@ def test_loss_counts_the_items_of_the_whole_batch() -> None:
     torch.testing.assert_close(mean, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny(**VARIANTS["window and sinks"]).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 @torch.no_grad()
 def test_hidden_states_and_attentions_are_recorded() -> None:
     model = tiny(**VARIANTS["sinks"])

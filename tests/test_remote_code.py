@@ -156,26 +156,3 @@ def test_every_file_that_travels_imports_only_what_everyone_has(file: str) -> No
     assert {line.split()[1].split(".")[0] for line in absolute if not line.startswith("from .")} <= allowed
     for sibling in get_relative_import_files(MODELS / file):
         assert Path(sibling).parent == MODELS
-
-
-@pytest.mark.parametrize("variant", ["llama", "gpt2"])
-def test_lora_is_saved_loaded_and_merged(variant: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base = tiny(**VARIANTS[variant])
-    base.save_pretrained(tmp_path / "base")
-    targets = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
-    tuned = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
-    tuned(tokens(2, 7), labels=tokens(2, 7)).loss.backward()
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                assert parameter.grad.abs().max() > 0
-                parameter.normal_()
-        expected = tuned.eval()(tokens(2, 7)).logits
-        tuned.save_pretrained(tmp_path / "adapter")
-        fresh = gpt.McoreGPTForCausalLM.from_pretrained(tmp_path / "base")
-        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-        torch.testing.assert_close(loaded(tokens(2, 7)).logits, expected, atol=0, rtol=0)
-        loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
-        merged = gpt.McoreGPTForCausalLM.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(merged(tokens(2, 7)).logits, expected, atol=1e-4, rtol=1e-4)

@@ -101,8 +101,8 @@ class Suite(ModelTesterMixin, GenerationTesterMixin):
             names = patch.dict(getattr(modeling_auto, table), {"mcore_gpt": model.__name__})
             names.start()
             self.addCleanup(names.stop)
-        # The suite asks for attention weights where the annotation of **kwargs names them; ours is Any.
-        for model in (McoreGPTModel, McoreGPTForCausalLM):
+        # The suite asks for attention weights where the annotation of **kwargs names them as an object, not in words.
+        for model in self.all_model_classes:
             annotations = inspect.unwrap(model.forward).__annotations__
             kwargs = patch.dict(annotations, {"kwargs": Unpack[TransformersKwargs]})
             kwargs.start()
