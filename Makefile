@@ -23,8 +23,9 @@ check: .venv/test
 judge: .venv/test  ## the whole matrix against real Megatron; the record goes to conversion/results
 	.venv/bin/python tests/megatron/matrix.py conversion/results/judge_$(shell date +%F).md
 
-bench: .venv/test
+bench: .venv/test  ## conversion against cp, the model against transformers' Llama
 	.venv/bin/python benchmarks/convert.py
+	.venv/bin/python benchmarks/generate.py
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv

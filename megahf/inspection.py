@@ -75,7 +75,7 @@ def contents(plan: Plan) -> Report:
 
 
 def row_report(row: Any, shape: tuple[int, ...], dtype: Any) -> Report:
-    blocks = {None: "whole on every rank", 0: "by rows", 1: "by columns"}
+    blocks = {None: "replicated", 0: "by rows", 1: "by columns"}
     return {
         "name": row.name,
         "shape": list(shape),

@@ -256,7 +256,7 @@ METADATA = {
 }
 
 READER = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from megahf.checkpoint import open_checkpoint
 from megahf.errors import Refused
@@ -286,7 +286,8 @@ for folder in folders:
     start = time.process_time()
     seen[folder.name] = [*outcome(folder), time.process_time() - start]
 modules = sorted(set(sys.modules) - modules)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))  # getrusage would count the parent's peak in
+peak = int(status["VmHWM"].split()[0])  # KiB
 print(json.dumps({"seen": seen, "modules": modules, "events": events, "peak": peak}))
 """
 
