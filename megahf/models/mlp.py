@@ -61,4 +61,4 @@ class MLP(nn.Module):
             gate, up = gate.clamp(max=self.clamp), up.clamp(-self.clamp, self.clamp)
         if self.offset:
             up = up + self.offset
-        return self.activation(gate) * up
+        return self.activation(gate).mul_(up)  # in place: a long prefill's peak is here

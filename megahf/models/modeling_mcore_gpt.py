@@ -62,8 +62,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.dropout = config.hidden_dropout
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attention(self.input_layernorm(hidden), **kwargs)
-        hidden = self.add(hidden, attended)
+        hidden = self.add(hidden, self.self_attention(self.input_layernorm(hidden), **kwargs)[0])
         return self.add(hidden, self.mlp(self.pre_mlp_layernorm(hidden)))
 
     def add(self, hidden: Tensor, update: Tensor) -> Tensor:
