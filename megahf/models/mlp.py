@@ -52,8 +52,8 @@ class MLP(nn.Module):
         self.linear_fc2 = ResidualLinear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x = self.linear_fc1(hidden)  # [b, s, 2 f or f]
-        return self.linear_fc2(self.glu(x) if self.gated else self.activation(x))
+        activate = self.glu if self.gated else self.activation
+        return self.linear_fc2(activate(self.linear_fc1(hidden)))  # [b, s, 2 f or f], held by no name, then [b, s, f]
 
     def glu(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)  # [b, s, f] each
