@@ -105,7 +105,9 @@ def convert(source: Path, target: Path, dry_run: bool, no_checksums: bool, **opt
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--logits", is_flag=True, help="Also compare logits with megatron-core's own model (needs megatron-core)."
+    "--logits",
+    is_flag=True,
+    help="Also compare logits with megatron-core's, which unpickles SOURCE: only for one you trust.",
 )
 def verify(source: Path, folder: Path, logits: bool) -> None:
     """Derive every weight of FOLDER again from the checkpoint SOURCE and compare bit for bit."""

@@ -51,7 +51,7 @@ def reference(arguments: Mapping[str, Any], out: Path, weights: Path | None, see
     if weights is None:
         draw(whole, seed)
     else:
-        put(whole, torch.load(weights, mmap=True))
+        put(whole, torch.load(weights, weights_only=True, mmap=True))
     for parameter in whole.parameters():  # what a sixteen-bit file holds exactly
         parameter.data.copy_(parameter.data.to(args.params_dtype))
     generator = torch.Generator().manual_seed(seed + 1)
@@ -97,7 +97,7 @@ def save(arguments: Mapping[str, Any], source: Path, out: Path, format: str, ext
     transformer_engine.extra_state = extra_state
     args, models = prepare(arguments)
     load_dist(args, models, source / "weights")
-    known = torch.load(source / "reference.pt", mmap=True)
+    known = torch.load(source / "reference.pt", weights_only=True, mmap=True)
     found = model.logits(args, models, known["input_ids"], known["position_ids"])
     difference = None if found is None else (found - known["logits"]).abs().max().item()
     if difference is not None and not difference <= TOLERANCE * max(10.0, known["logits"].abs().max().item()):
