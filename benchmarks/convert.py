@@ -1,6 +1,7 @@
 """How long does `megahf convert` take, against `cp -r` of the same checkpoint on the same disk?
 
     python benchmarks/convert.py --gb 2 6 --formats torch torch_dist --rounds 3
+    python benchmarks/convert.py --gb 6 --formats experts:sequential experts:legacy-grouped experts:torch_dist
 
 Makes each checkpoint and measures in turns, so that whatever else the machine does falls on all alike: `cp -r`, the
 whole command, and the copy itself (everything after planning, in a process that has planned), the last two with and
@@ -30,6 +31,7 @@ from record import command, machine, markdown, versions, write
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 READ = 4 << 20  # bytes at a time
+FORMATS = ("torch", "torch_dist", "experts:sequential", "experts:legacy-grouped", "experts:torch_dist")
 
 # What the copy itself is: planned before the clock starts, all of `carry_out` and the sync after it.
 COPY = """
@@ -113,13 +115,19 @@ def warm(source: Path) -> None:
 
 def make(source: Path, gb: float, format: str) -> None:
     """The checkpoint, by a process of its own that takes its memory with it."""
-    script = str(HERE / "make_checkpoint.py")
+    script = str(HERE / f"{maker(format)}.py")
+    format = format.removeprefix("experts:")
     subprocess.run([sys.executable, script, str(source), "--gb", str(gb), "--format", format], check=True)
 
 
-def check(gb: float, folder: Path) -> None:
+def maker(format: str) -> str:
+    """The script that makes a checkpoint of this format."""
+    return "make_experts" if format.startswith("experts:") else "make_checkpoint"
+
+
+def check(gb: float, format: str, folder: Path) -> None:
     """Compares weights of every kind, of the first and the last layer, with what the checkpoint was made of."""
-    check = f"import make_checkpoint; print(make_checkpoint.differences({gb}, {str(folder)!r}))"
+    check = f"import {maker(format)} as made; print(made.differences({gb}, {str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", check], check=True, cwd=HERE, stdout=subprocess.PIPE, text=True)
     if done.stdout.strip() != "[]":
         sys.exit(f"wrong weights: {done.stdout.strip()}")
@@ -138,7 +146,7 @@ def measured(sizes: Sequence[float], formats: Sequence[str], rounds: int, root: 
                         say(turn)
                         yield turn
                         if round == 0 and question.what == "megahf convert":
-                            check(gb, target)
+                            check(gb, format, target)
             finally:
                 shutil.rmtree(source, ignore_errors=True)
                 shutil.rmtree(target, ignore_errors=True)
@@ -188,7 +196,7 @@ process. Every turn found the source in the page cache and no target; turns alte
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gb", type=float, nargs="+", default=[2, 6])
-    parser.add_argument("--formats", nargs="+", choices=["torch", "torch_dist"], default=["torch", "torch_dist"])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS[:2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="where to work; a new folder beside the repository's files by default")
     given = parser.parse_args()
@@ -202,7 +210,8 @@ def main() -> None:
         f"versions: {versions('megahf', 'numpy', 'blake3', 'torch')}",
     )
     header = [field.name for field in fields(Turn)]
-    path = write("convert", [header, *(astuple(turn) for turn in turns)], page(turns), facts)
+    what = "convert_experts" if all(format.startswith("experts:") for format in given.formats) else "convert"
+    path = write(what, [header, *(astuple(turn) for turn in turns)], page(turns), facts)
     print(f"\n{table(turns)}\n\nwrote {path}.csv and .md")
 
 

@@ -81,8 +81,8 @@ def mirrored(llama: PreTrainedModel) -> McoreGPTForCausalLM:
             ours.self_attention.linear_proj.weight.copy_(attention.o_proj.weight)
             ours.mlp.linear_fc1.weight.copy_(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
             ours.mlp.linear_fc2.weight.copy_(layer.mlp.down_proj.weight)
-            ours.input_layernorm.weight.copy_(layer.input_layernorm.weight)
-            ours.pre_mlp_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
+            ours.self_attention.linear_qkv_layernorm.weight.copy_(layer.input_layernorm.weight)
+            ours.mlp.linear_fc1_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
     return model
 
 

@@ -153,6 +153,7 @@ class Chunks(planner.SavePlanner):
 
     def __init__(self, model: Model) -> None:
         self.model, self.made = model, dict[metadata.MetadataIndex, tuple[Weight, int | None, int, int]]()
+        self.sizes = dict[metadata.MetadataIndex, list[int]]()
 
     def plan(self, pipeline: int, rank: int) -> planner.SavePlan:
         """What one rank writes: its shards of the stacked weights; a weight that is not cut only from rank 0."""
@@ -162,16 +163,23 @@ class Chunks(planner.SavePlanner):
                 items += [self.item(weight, layer, rank, part) for part in range(weight.parts)]
         return planner.SavePlan(items)
 
-    def item(self, weight: Weight, layer: int | None, rank: int, part: int) -> planner.WriteItem:
+    def item(
+        self, weight: Weight, layer: int | None, rank: int, part: int, expert: tuple[int, int] | None = None,
+        made_as: Weight | None = None,
+    ) -> planner.WriteItem:  # fmt: skip
+        """One chunk. `expert`: which of how many, on an axis of its own; `made_as`: the weight its numbers are of."""
         sizes, offsets = list(weight.shape), [0] * len(weight.shape)
         if weight.axis is not None:
             sizes[weight.axis] //= self.model.tp * weight.parts
             offsets[weight.axis] = (part * self.model.tp + rank) * sizes[weight.axis]
         key, shape = weight.name.replace("{l}.", ""), weight.shape
+        if expert is not None:
+            sizes, offsets, shape = [1, *sizes], [expert[0], *offsets], (expert[1], *shape)
         if layer is not None:
             sizes, offsets, shape = [1, *sizes], [layer, *offsets], (self.model.args.num_layers, *shape)
         index = metadata.MetadataIndex(key, torch.Size(offsets))
-        self.made[index] = (weight, layer, rank, part)
+        self.made[index] = (made_as or weight, layer, rank, part)
+        self.sizes[index] = sizes
         data = planner.TensorWriteData(
             metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
             metadata.TensorProperties(torch.bfloat16), torch.Size(shape),
@@ -182,7 +190,7 @@ class Chunks(planner.SavePlanner):
         weight, layer, rank, part = self.made[write_item.index]
         data = shard(weight, layer, rank, self.model.tp)
         piece = data.chunk(weight.parts, weight.axis or 0)[part].clone()
-        return piece if layer is None else piece[None]
+        return piece.reshape(self.sizes[write_item.index])
 
     def metadata_of(self, items: list[planner.WriteItem]) -> metadata.Metadata:
         tensors: dict[str, metadata.STORAGE_TYPES] = {}
@@ -200,14 +208,20 @@ class Chunks(planner.SavePlanner):
 
 
 def save_dist(model: Model, target: Path) -> None:
-    """`__R_K.distcp`, `.metadata`, `common.pt` and `metadata.json`."""
-    writer, chunks = filesystem.FileSystemWriter(target, thread_count=2, sync_files=False), Chunks(model)
-    writer.set_up_storage_writer(True)
+    """Chunks of every pipeline stage's every tensor rank."""
+    chunks = Chunks(model)
     plans = [chunks.plan(pipeline, rank) for pipeline in range(model.pp) for rank in range(model.tp)]
+    finish(model.args, target, chunks, plans)
+
+
+def finish(args: Namespace, target: Path, chunks: Chunks, plans: list[planner.SavePlan]) -> None:
+    """`__R_K.distcp`, `.metadata`, `common.pt` and `metadata.json`."""
+    writer = filesystem.FileSystemWriter(target, thread_count=2, sync_files=False)
+    writer.set_up_storage_writer(True)
     plans = writer.prepare_global_plan(plans)
     results = [writer.write_data(plan, chunks).wait() for plan in plans]
     writer.finish(chunks.metadata_of([item for plan in plans for item in plan.items]), results)
-    torch.save(common(model.args), target / "common.pt")
+    torch.save(common(args), target / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backend |= {"common_backend": "torch", "common_backend_version": 1}
     (target / "metadata.json").write_text(json.dumps(backend))

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from .export import convert
     from .load import from_megatron
     from .models.configuration_mcore import McoreGPTConfig
+    from .models.configuration_mcore_hybrid import McoreHybridConfig
     from .models.modeling_mcore_gpt import McoreGPTForCausalLM, McoreGPTModel
+    from .models.modeling_mcore_hybrid import McoreHybridForCausalLM, McoreHybridModel
     from .verification import verify
 
 # Public names and the module that has each: imported when first asked for, so that the command line starts at once.
@@ -23,12 +25,18 @@ PUBLIC = {
     "McoreGPTConfig": "models.configuration_mcore",
     "McoreGPTModel": "models.modeling_mcore_gpt",
     "McoreGPTForCausalLM": "models.modeling_mcore_gpt",
+    "McoreHybridConfig": "models.configuration_mcore_hybrid",
+    "McoreHybridModel": "models.modeling_mcore_hybrid",
+    "McoreHybridForCausalLM": "models.modeling_mcore_hybrid",
 }
 
 __all__ = [
     "McoreGPTConfig",
     "McoreGPTForCausalLM",
     "McoreGPTModel",
+    "McoreHybridConfig",
+    "McoreHybridForCausalLM",
+    "McoreHybridModel",
     "__version__",
     "convert",
     "from_megatron",
@@ -53,14 +61,16 @@ def register() -> None:
     """
     import transformers
 
-    from .models import modeling_mcore_gpt
-    from .models.configuration_mcore import McoreGPTConfig
+    from .models.modeling_mcore_gpt import McoreGPTForCausalLM
+    from .models.modeling_mcore_hybrid import McoreHybridForCausalLM
 
-    transformers.AutoConfig.register(McoreGPTConfig.model_type, McoreGPTConfig, exist_ok=True)
-    for auto, place in modeling_mcore_gpt.McoreGPTForCausalLM.auto_map.items():
-        if auto != "AutoConfig":
-            model = getattr(modeling_mcore_gpt, place.split(".")[1])
-            getattr(transformers, auto).register(McoreGPTConfig, model, exist_ok=True)
+    for causal in (McoreGPTForCausalLM, McoreHybridForCausalLM):
+        config = causal.config_class
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto, place in causal.auto_map.items():
+            if auto != "AutoConfig":
+                model = getattr(sys.modules[causal.__module__], place.split(".")[1])
+                getattr(transformers, auto).register(config, model, exist_ok=True)
 
 
 if "transformers" in sys.modules:

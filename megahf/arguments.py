@@ -8,7 +8,6 @@ counts is the function that was trained, not the option that was meant.
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,15 @@ from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
+from . import hybrid
 from .errors import Problems, refuse
 from .layouts import Grid, stage_count
+from .models.checks import check_experts
+from .patterns import pattern, written
+from .unbuilt import REFUSED, before_014, refuse_unbuilt
 
 Args = Mapping[str, Any]
 MISSING = object()
-LONGEST = 10_000  # layers, and characters, of a pattern
 
 
 @dataclass(frozen=True)
@@ -67,41 +69,6 @@ def activation_func(_: Any, args: Args) -> str:
     return "gelu_tanh" if fused else "gelu"
 
 
-def pattern(value: Any, _: Args) -> Any:
-    """A frequency: a number, or a pattern of layers, which some versions store as the text of a Python list."""
-    if isinstance(value, str):
-        value = written(value)
-    return [int(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def written(text: str) -> Any:
-    """What `([0]*3+[1]*1)*2` or `(127, 0)` stands for; only lists, `+`, `*` and numbers are understood.
-
-    Raises:
-        ValueError: anything else, or more than any model has layers.
-    """
-
-    def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, (ast.List, ast.Tuple)):
-            return [value(item) for item in node.elts]
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return value(node.left) + value(node.right)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            items, times = sorted((value(node.left), value(node.right)), key=lambda side: type(side) is int)
-            if len(items) * times <= LONGEST:
-                return items * times
-        raise ValueError("neither a number nor a list of numbers")
-
-    try:
-        return value(ast.parse(text[: LONGEST + 1], mode="eval").body)
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError("neither a number nor a list of numbers") from error
-
-
 def window_size(value: Any, _: Args) -> list[int] | None:
     pair = written(value) if isinstance(value, str) else value
     if pair is None or tuple(pair) in ((-1, -1), (-1, 0)):
@@ -141,6 +108,68 @@ def yarn(default: Any) -> Callable[[Any, Args], Any]:
     return lambda value, args: default if value is None else value
 
 
+def yarn_or_latent(default: Any, latent: str) -> Callable[[Any, Args], Any]:
+    """As `yarn`; multi-latent attention reads `latent`, for which there is no option, so that its default runs."""
+
+    def read(value: Any, args: Args) -> Any:
+        if args.get("multi_latent_attention"):
+            value = args.get(latent)
+        return default if value is None else value
+
+    return read
+
+
+def yarn_original(value: int | None, args: Args) -> int:
+    """Multi-latent attention of Megatron before 0.14 stretched from `max_position_embeddings`."""
+    if before_014(args):
+        return int(args["max_position_embeddings"])
+    return int(yarn_or_latent(4096, "original_max_position_embeddings")(value, args))
+
+
+def mscale(default: float) -> Callable[[Any, Args], float]:
+    """The first Megatrons with multi-latent attention had no option for it, and 0.707 in their config."""
+
+    def read(value: float | None, args: Args) -> float:
+        if value is None:
+            return 0.707 if before_014(args) and "mscale" not in args else default
+        return float(value)
+
+    return read
+
+
+def moe_ffn_hidden_size(value: int | None, args: Args) -> int:
+    return value or ffn_hidden_size(args.get("ffn_hidden_size"), args)
+
+
+def moe_layer_freq(value: Any, args: Args) -> Any:
+    """A number, or one flag a layer; 1 for models without experts."""
+    flags = pattern(value, args) if args.get("num_experts") else 1
+    if isinstance(flags, int) and flags < 1:
+        raise ValueError("a frequency is 1 or more")
+    if isinstance(flags, list) and len(flags) != stored(FIELDS[0], args):
+        raise ValueError(f"{len(flags)} flags for {stored(FIELDS[0], args)} layers")
+    return flags
+
+
+def router_groups(value: int | None, args: Args) -> int | None:
+    """Megatron before 0.12 limited devices, not groups: a group is an expert-parallel rank."""
+    return size(args, "expert_model_parallel_size") if args.get("moe_router_topk_limited_devices") else value
+
+
+def biased_router(args: Args) -> bool:
+    return bool(args.get("num_experts") and args.get("add_bias_linear", True))
+
+
+def capacity(value: float | None, args: Args) -> float | None:
+    """Megatron's trainer takes negative numbers for none."""
+    return None if value is None or value < 0 else float(value)
+
+
+def load_balancing(value: Any, args: Args) -> Any:
+    """One type or several; lists of one are what the command line makes of one."""
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
 FIELDS = (
     Argument("num_layers", "num_layers encoder_num_layers"),
     Argument("hidden_size"),
@@ -156,12 +185,19 @@ FIELDS = (
     Argument("rotary_seq_len_interpolation_factor", default=None, read=number),
     Argument("use_rope_scaling", default=False),
     Argument("rope_scaling_factor", default=8.0, read=lambda value, args: 8.0),  # no builder passes the option on
+    Argument("multi_latent_attention", default=False),
+    Argument("q_lora_rank", default=None),
+    Argument("kv_lora_rank", default=32),
+    Argument("qk_head_dim", default=128),
+    Argument("qk_pos_emb_head_dim", default=64),
+    Argument("v_head_dim", default=128),
+    Argument("rope_type", default=None, read=yarn("yarn")),
     Argument("yarn_rotary_scaling_factor", "rotary_scaling_factor", 1.0, yarn(1.0)),
-    Argument("yarn_original_max_position_embeddings", default=None, read=yarn(4096)),
-    Argument("yarn_beta_fast", default=None, read=yarn(32.0)),
-    Argument("yarn_beta_slow", default=None, read=yarn(1.0)),
-    Argument("yarn_mscale", "mscale", 1.0, yarn(1.0)),
-    Argument("yarn_mscale_all_dim", "mscale_all_dim", 0.0, yarn(0.0)),
+    Argument("yarn_original_max_position_embeddings", default=None, read=yarn_original),
+    Argument("yarn_beta_fast", default=None, read=yarn_or_latent(32.0, "beta_fast")),
+    Argument("yarn_beta_slow", default=None, read=yarn_or_latent(1.0, "beta_slow")),
+    Argument("yarn_mscale", "mscale", None, mscale(1.0)),
+    Argument("yarn_mscale_all_dim", "mscale_all_dim", None, mscale(0.0)),
     Argument("yarn_correction_range_round_to_int", default=None, read=yarn(True)),
     Argument("no_rope_freq", default=None, read=pattern),
     Argument("normalization", default="LayerNorm"),
@@ -173,6 +209,31 @@ FIELDS = (
     Argument("gated_linear_unit", "swiglu", False, lambda value, args: bool(value or args.get("quick_geglu"))),
     Argument("activation_func_clamp_value", default=None, read=number),
     Argument("glu_linear_offset", default=0.0),
+    Argument("num_experts", default=None, read=lambda value, args: value or None),
+    Argument("moe_layer_freq", default=1, read=moe_layer_freq),
+    Argument("moe_ffn_hidden_size", default=None, read=moe_ffn_hidden_size),
+    Argument("moe_shared_expert_intermediate_size", default=None),
+    Argument("moe_shared_expert_gate", default=False),
+    Argument("moe_latent_size", default=None),
+    Argument("moe_router_topk", default=2),
+    Argument("moe_router_score_function", default="softmax"),
+    Argument("moe_router_pre_softmax", default=False),
+    Argument("moe_router_num_groups", default=None, read=router_groups),
+    Argument("moe_router_group_topk", "moe_router_group_topk moe_router_topk_limited_devices", None),
+    Argument("moe_router_topk_scaling_factor", default=None, read=number),
+    Argument("moe_router_enable_expert_bias", default=False),
+    Argument("moe_router_bias", default=None, read=lambda _, args: biased_router(args)),
+    Argument("moe_router_dtype", default=None),
+    Argument("moe_router_load_balancing_type", default="aux_loss", read=load_balancing),
+    Argument("moe_aux_loss_coeff", default=0.0, read=load_balancing),
+    Argument("moe_z_loss_coeff", default=None, read=number),
+    Argument("moe_input_jitter_eps", default=None, read=number),
+    Argument("moe_apply_probs_on_input", default=False),
+    Argument("moe_expert_capacity_factor", default=None, read=capacity),
+    Argument("moe_token_drop_policy", default="probs"),
+    Argument("mtp_num_layers", default=None, read=lambda value, args: value or None),
+    Argument("mtp_use_repeated_layer", default=False),
+    Argument("mtp_loss_scaling_factor", default=0.1),
     Argument("tie_word_embeddings", "untie_embeddings_and_output_weights", False, lambda value, args: not value),
     Argument("qk_layernorm", default=False),
     Argument("qk_l2_norm", default=False),
@@ -193,40 +254,27 @@ COUNTS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "max_position_embeddings",
 )  # fmt: skip
-DAMAGED = "the args are damaged, or not Megatron's own"
-OFF = (None, False, 0, "", "None")
-
-# Arguments that change the mathematics beyond what is built: (name, values that do not, what it is).
-REFUSED = (
-    ("num_experts", OFF, "a mixture of experts, which is not supported yet"),
-    ("multi_latent_attention", OFF, "multi-latent attention, which is not supported yet"),
-    ("mtp_num_layers", OFF, "multi-token prediction, which is not supported yet"),
-    ("is_hybrid_model", OFF, "a hybrid Mamba model, which is not supported yet"),
-    ("hybrid_layer_pattern", OFF, "a hybrid Mamba model, which is not supported yet"),
-    ("hybrid_override_pattern", OFF, "a hybrid Mamba model, which is not supported yet"),
-    ("experimental_attention_variant", OFF, "an experimental attention"),
-    ("linear_attention_freq", OFF, "linear attention"),
-    ("heterogeneous_layers_config_path", OFF, "layers that differ from one another"),
-    ("heterogeneous_layers_config_encoded_json", OFF, "layers that differ from one another"),
-    ("enable_mhc_connections", OFF, "hyper-connections"),
-    ("enable_hyper_connections", OFF, "hyper-connections"),
-    ("position_embedding_type", ("learned_absolute", "rope", "yarn", "none"), "a position embedding that is not built"),
-    ("softmax_type", ("vanilla", "off-by-one", "learnable"), "a softmax that is not built"),
-    ("normalization", ("LayerNorm", "RMSNorm"), "a normalization that is not built"),
-    ("spec", OFF, "layers from a module of your own"),
-    ("use_legacy_models", OFF, "a model from before megatron-core"),
-    ("retro_add_retriever", OFF, "a RETRO model"),
-    ("fp8_param_gather", OFF, "weights in fp8"),
-    ("fp8_param", OFF, "weights in fp8"),
-    ("fp4_param_gather", OFF, "weights in fp4"),
+COUNTS_OR_NONE = (
+    "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_router_topk",
+    "moe_router_num_groups", "moe_router_group_topk", "mtp_num_layers", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
+    "qk_pos_emb_head_dim", "v_head_dim",
 )  # fmt: skip
+DAMAGED = "the args are damaged, or not Megatron's own"
+
+
+# Of Megatrons before 2026: what of them is read, and not by name in a row, or leaves the function as it is.
+OLD = {
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "moe_extended_tp", "moe_use_legacy_grouped_gemm",
+    "moe_token_dropping",
+}  # fmt: skip
 
 
 @cache
 def known() -> frozenset[str]:
     """The arguments Megatron-LM has (2026): those that no row reads are known not to change the function."""
     text = resources.files("megahf").joinpath("arguments.json").read_text()
-    return frozenset(json.loads(text)) | {name for row in FIELDS for name in row.spelled()} | {r[0] for r in REFUSED}
+    rows = {name for row in FIELDS for name in row.spelled()} | {row[0] for row in REFUSED}
+    return frozenset(json.loads(text)) | rows | OLD | hybrid.ARGUMENTS
 
 
 def unknown(args: Args) -> list[str]:
@@ -237,9 +285,7 @@ def unknown(args: Args) -> list[str]:
 def problems(args: Args) -> Problems:
     """Everything in `args` that the model classes cannot compute, and everything they need that is not there."""
     found = Problems()
-    for name, harmless, meaning in REFUSED:
-        if name in args and args[name] not in harmless:
-            found.add(f"--{name.replace('_', '-')} {args[name]} is {meaning}", "args")
+    refuse_unbuilt(args, found)
     for row in FIELDS:
         if row.default is MISSING and stored(row, args) is MISSING:
             found.add(
@@ -262,8 +308,8 @@ def fields(args: Args) -> dict[str, Any]:
             made[row.field] = row.read(stored(row, args), args)
         except (TypeError, ValueError, ArithmeticError) as error:
             found.add(f"{row.spelled()[0]} {stored(row, args)!r:.60} cannot be read: {error}", "args", DAMAGED)
-    for name in COUNTS:
-        if name in made and not is_count(made[name]):
+    for name in (*COUNTS, *COUNTS_OR_NONE):
+        if name in made and not is_count(made[name]) and not (made[name] is None and name in COUNTS_OR_NONE):
             found.add(f"{name} is {made[name]!r:.60}, not a number of at least 1", "args", DAMAGED)
     found.raise_if_any()
     return made
@@ -275,13 +321,18 @@ def is_count(value: Any) -> bool:
 
 def config(args: Args, vocab_size: int) -> SimpleNamespace:
     """The config as the tables read it, without transformers."""
-    return SimpleNamespace(vocab_size=vocab_size, **fields(args))
+    made = SimpleNamespace(vocab_size=vocab_size, **{**fields(args), **hybrid.fields(args)})
+    try:
+        check_experts(made)  # as the model class will
+    except ValueError as error:
+        raise refuse(str(error), "args", "such a model cannot be built") from error
+    return made
 
 
 def grid(args: Args, chunks: int | None = None) -> Grid:
     """The writer's ranks. `chunks`: model chunks seen in a file, which settles what old args leave open."""
     tensor, pipeline = size(args, "tensor_model_parallel_size"), size(args, "pipeline_model_parallel_size")
-    layout = args.get("pipeline_model_parallel_layout") if pipeline > 1 else None
+    layout = (hybrid.layout(args) or args.get("pipeline_model_parallel_layout")) if pipeline > 1 else None
     if layout is not None and not isinstance(layout, str):
         raise refuse(f"pipeline_model_parallel_layout {layout!r:.60} is no layout string", "args", DAMAGED)
     virtual = size(args, "virtual_pipeline_model_parallel_size")
@@ -350,6 +401,10 @@ def notes(args: Args) -> list[str]:
             f"tokenizer_type NullTokenizer: before 2026 Megatron gave it one more id, {args['vocab_size']}, for "
             f"the end of a document; give --true-vocab-size {args['vocab_size'] + 1} to keep its row"
         )
+    if before_014(args):
+        said.append("the args have no rope_type: YaRN starts from max_position_embeddings, as in Megatron before 0.14")
+    if args.get("num_experts") and args.get("moe_expert_rank_capacity_factor") is not None:
+        said.append("moe_expert_rank_capacity_factor dropped tokens beyond a rank's share; here none are dropped")
     if args.get("rotary_seq_len_interpolation_factor") is not None:
         said.append("rotary_seq_len_interpolation_factor is applied, as pretrain_gpt.py does; gpt_builders.py drops it")
-    return said
+    return said + hybrid.notes(args)

@@ -122,16 +122,19 @@ def verify(source: Path, folder: Path, logits: bool) -> None:
 
 
 @main.command()
-@click.option("--offline", is_flag=True, help="A small checkpoint that comes with megahf; no download, no Megatron.")
+@click.option(
+    "--offline", "which", flag_value="offline", help="A small GPT that comes with megahf; no download, no Megatron."
+)
+@click.option("--hybrid", "which", flag_value="hybrid", help="The same with a hybrid: Mamba, attention and experts.")
 @click.option(
     "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the checkpoint and the folder there."
 )
 @click.option("--prompt", help="Ask something else.")
-def demo(offline: bool, keep: Path | None, prompt: str | None) -> None:
+def demo(which: str | None, keep: Path | None, prompt: str | None) -> None:
     """Take a real model through real Megatron and back; then it answers."""
     from .demo import demo
 
-    demo(offline, keep, prompt)
+    demo(which, keep, prompt)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """`megahf demo`: a real model goes through real Megatron and back, and answers where neither can be imported.
 
-Online, the model is SmolLM2 and the truth about it transformers' own Llama; offline it is the sample that comes with
-megahf, which real Megatron wrote, and the truth what Megatron's GPTModel said when it was made.
+Online, the model is SmolLM2 and the truth about it transformers' own Llama; offline it is a sample that comes with
+megahf, which real Megatron wrote, and the truth what Megatron's own model said when it was made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLE = Path(__file__).with_name("samples") / "zen"
+HYBRID = SAMPLE.with_name("globe")
 QUESTION = "What is gravity? Answer in one sentence."
-NEW_TOKENS = 100
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 100}
 TOLERANCE = 1e-4  # fp32 logits up to 40: Llama's own eager and sdpa differ by as much, a misplaced row by far more
 
 
@@ -46,13 +48,43 @@ class Subject(NamedTuple):
     questions: list[str]  # the first is the one whose answer is compared
     authority: str
     truth: Callable[[Spoken], Spoken]  # what the authority says to the question of the given
+    first: dict[str, Any] = GREEDY  # how `generate` answers the first question
+    others: dict[str, Any] = GREEDY
 
 
-def demo(offline: bool, keep: Path | None, prompt: str | None) -> None:
+class Sample(NamedTuple):
+    """A checkpoint that comes with megahf: its folder, the step that takes it up, and how it is asked."""
+
+    folder: Path
+    title: str
+    authority: str
+    another: str = ""  # the question after the recorded one, where the user has none
+    first: dict[str, Any] = GREEDY
+    others: dict[str, Any] = GREEDY
+
+
+SAMPLES = {
+    "offline": Sample(
+        SAMPLE,
+        "a sample that megatron-core trained and saved, and what its GPTModel said",
+        "megatron-core's GPTModel",
+    ),
+    "hybrid": Sample(
+        HYBRID,
+        "a hybrid that megatron-core saved at TP2, and what its MambaModel wrote, no seven bytes twice",
+        "megatron-core's MambaModel",
+        "KING RICHARD III:\n",
+        {"do_sample": False, "max_new_tokens": 200, "no_repeat_ngram_size": 7},  # or it goes round in circles
+        {"do_sample": True, "max_new_tokens": 300, "temperature": 0.5},
+    ),
+}
+
+
+def demo(which: str | None, keep: Path | None, prompt: str | None) -> None:
     """Takes a model from Megatron's files to an answer, a line for each step.
 
     Args:
-        offline: the sample of a few hundred KB instead of SmolLM2: no download, no Megatron.
+        which: a sample of `SAMPLES` instead of SmolLM2: no download, no Megatron.
         keep: a new folder for the checkpoint and the Hub folder; without one nothing is left.
         prompt: the question to ask.
 
@@ -61,7 +93,7 @@ def demo(offline: bool, keep: Path | None, prompt: str | None) -> None:
     """
     started = time.monotonic()
     with workplace(keep) as place:
-        subject = sample(prompt) if offline else through_megatron(place, prompt)
+        subject = sample(prompt, which) if which else through_megatron(place, prompt)
         hub = publish(subject, place / "hub")
         compare(ask(subject, hub), subject)
     click.echo(f"{time.monotonic() - started:.0f} s altogether{f'; the model is in {hub}' if keep else ''}")
@@ -93,12 +125,13 @@ def step(what: str) -> Iterator[list[str]]:
         click.echo(f" {', '.join(results)}")
 
 
-def sample(prompt: str | None) -> Subject:
-    """The checkpoint that comes with megahf, and what Megatron's own model said when it was made."""
-    with step("a sample that megatron-core trained and saved, and what its GPTModel said"):
-        question, record = load_spoken(SAMPLE / "spoken.safetensors")
-    questions = [question, *([prompt] if prompt else [])]
-    return Subject(SAMPLE, SAMPLE / "tokenizer", questions, "megatron-core's GPTModel", lambda spoken: record)
+def sample(prompt: str | None, which: str = "offline") -> Subject:
+    """A checkpoint that comes with megahf, and what Megatron's own model said when it was made."""
+    folder, title, authority, another, first, others = SAMPLES[which]
+    with step(title):
+        question, record = load_spoken(folder / "spoken.safetensors")
+    questions = [question, *filter(None, [prompt or another])]
+    return Subject(folder, folder / "tokenizer", questions, authority, lambda spoken: record, first, others)
 
 
 def through_megatron(place: Path, prompt: str | None) -> Subject:
@@ -126,7 +159,7 @@ def through_megatron(place: Path, prompt: str | None) -> Subject:
     def truth(spoken: Spoken) -> Spoken:
         with torch.inference_mode():
             question = torch.from_numpy(spoken.input_ids[None, : spoken.prompt])  # [1, s]
-            said = model.generate(question, max_new_tokens=NEW_TOKENS, do_sample=False)
+            said = model.generate(question, **GREEDY)
             logits = model(said).logits[0, spoken.prompt - 1 : -1]
             return Spoken(said[0].numpy(), spoken.prompt, logits.numpy())
 
@@ -156,7 +189,8 @@ def ask(subject: Subject, hub: Path) -> Spoken:
         click.echo()
         out = Path(place, "spoken.safetensors")
         # -I: no PYTHONPATH, no working directory. HF_HOME: no code of an earlier run, none left behind.
-        command = [sys.executable, "-I", stranger.__file__, str(hub), str(out), str(NEW_TOKENS), *subject.questions]
+        how = json.dumps(subject.first), json.dumps(subject.others)
+        command = [sys.executable, "-I", stranger.__file__, str(hub), str(out), *how, *subject.questions]
         alone = {"HF_HUB_OFFLINE": "1", "HF_HOME": place, "TOKENIZERS_PARALLELISM": "false"}
         ended = subprocess.run(command, env={**os.environ, **alone}, check=False)
         if ended.returncode:

@@ -8,7 +8,6 @@ and digested, and handed to the sink: a safetensors file, or the memory of a par
 from __future__ import annotations
 
 import math
-import os
 import threading
 import zlib
 from collections import defaultdict
@@ -23,9 +22,11 @@ from .checkpoint.mapped import Entry, Files, MappedFile
 from .crc import combine
 from .errors import Problems, refuse
 from .plan import Copy
-from .tiles import Tile, Tiled
+from .reading import expect, memory_of, pread, read_scattered, scattered, span, turned
+from .tiles import Tile, Tiled, unstack
 
 BUFFER = 1 << 20  # bytes of a piece: stays in a core's cache while it is read, checked, digested and written
+PANEL = 32 << 20  # bytes of a piece that lies transposed: its runs in the file are some thousand bytes each
 THREADS = 2
 
 Sink = Callable[[Copy, int, np.ndarray], None]  # weight, byte offset in it, the bytes
@@ -129,20 +130,32 @@ def move(
     """One weight, piece by piece; its digest."""
     from blake3 import blake3
 
-    digest, offset = blake3(), 0
-    for box in boxes(copy.shape, max(copy.dtype.itemsize, copy.array.dtype.itemsize)):
-        values = pieces.gather(inside(copy.array, box), 0)
-        for where, array in copy.same:
-            if not np.array_equal(values.view(np.uint8), pieces.gather(inside(array, box), 1).view(np.uint8)):
-                problems.add("stored twice and not equal", f"{copy.name}, also in {where}", "the checkpoint is damaged")
-                return ""
-        data = cast(copy, values, checks)
-        if checks.checksums:
-            digest.update(data)
-        sink(copy, offset, data)
-        offset += data.nbytes
-        progress(data.nbytes)
+    digest, offset, itemsize = blake3(), 0, max(copy.dtype.itemsize, copy.array.dtype.itemsize)
+    places = [where for where, _ in copy.same]
+    for array, *others in zip(*(parts(one, copy) for one in (copy.array, *(one for _, one in copy.same))), strict=True):
+        limit = {"size": PANEL} if any(turned(tile.view) for tile in array.tiles) else {}
+        for one in (array, *others):
+            pieces.look_ahead(one)
+        for box in boxes(array.shape, itemsize, **limit):
+            values = pieces.gather(inside(array, box), 0)
+            for where, other in zip(places, others, strict=True):
+                if not np.array_equal(values.view(np.uint8), pieces.gather(inside(other, box), 1).view(np.uint8)):
+                    where = f"{copy.name}, also in {where}"
+                    problems.add("stored twice and not equal", where, "the checkpoint is damaged")
+                    return ""
+            data = cast(copy, values, checks)
+            if checks.checksums:
+                digest.update(data)
+            sink(copy, offset, data)
+            offset += data.nbytes
+            progress(data.nbytes)
     return digest.hexdigest()
+
+
+def parts(array: Tiled, copy: Copy) -> Sequence[Tiled]:
+    """`array`, or each expert of it: of its many tiles a piece then looks at its own expert's alone."""
+    large = len(copy.shape) > 2 and copy.array.nbytes // copy.shape[0] >= BUFFER // 4
+    return unstack(array) if large else [array]
 
 
 def cast(copy: Copy, values: np.ndarray, checks: Checks) -> np.ndarray:
@@ -209,43 +222,48 @@ class Pieces:
         place = tuple(slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))
         target = values[place] if place else values
         file, offset = self.files.locate(tile.view)
-        size = span(tile.view)
-        direct = size == tile.view.nbytes == target.nbytes and target.flags.c_contiguous and in_order(tile.view)
-        if direct:
-            raw = pread(file, offset, target.reshape(-1).view(np.uint8))
-        else:
-            if self.spare.nbytes < size:
-                self.spare = np.empty(size, np.uint8)
-            raw = pread(file, offset, self.spare[:size])
+        if scattered(tile.view):
+            read_scattered(file, offset, tile.view, self.spare_of(memory_of(tile.view)), target)
+            return
+        size = tile.view.nbytes
+        direct = target.flags.c_contiguous
+        raw = pread(file, offset, target.reshape(-1).view(np.uint8) if direct else self.spare_of(size)[:size])
         if self.checks.checksums:
             self.ledger.note(file, offset, raw)
         if not direct:
-            shape, strides = tile.view.shape, tile.view.strides
-            np.copyto(target, np.ndarray(shape, tile.view.dtype, buffer=raw, strides=strides))
+            np.copyto(target, raw.view(target.dtype).reshape(target.shape))
+
+    def spare_of(self, size: int) -> np.ndarray:
+        if self.spare.nbytes < size:
+            self.spare = np.empty(size, np.uint8)
+        return self.spare
+
+    def look_ahead(self, array: Tiled) -> None:
+        """Reads what lies scattered once in order, for its CRC, and so that its many small reads find it in memory."""
+        spans: dict[MappedFile, list[tuple[int, int]]] = defaultdict(list)
+        for _, view in array.tiles:
+            if scattered(view):
+                file, offset = self.files.locate(view)
+                spans[file].append((offset, offset + span(view)))
+        for file, found in spans.items():
+            for start, end in united(found):
+                if not self.checks.checksums:
+                    expect(file, start, end - start)
+                    continue
+                for at in range(start, end, BUFFER):
+                    size = min(BUFFER, end - at)
+                    self.ledger.note(file, at, pread(file, at, self.spare_of(size)[:size]))
 
 
-def span(view: np.ndarray) -> int:
-    """Bytes from the first element of `view` to the end of its last."""
-    steps = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
-    return steps + view.itemsize if view.size else 0
-
-
-def in_order(view: np.ndarray) -> bool:
-    return bool(view.flags.c_contiguous)
-
-
-def pread(file: MappedFile, offset: int, into: np.ndarray) -> np.ndarray:
-    """Fills `into` with the bytes at `offset`."""
-    view, done = memoryview(into), 0
-    while done < len(view):
-        try:
-            got = os.preadv(file.fileno(), [view[done:]], offset + done)
-        except OSError as error:
-            raise refuse(f"cannot be read at byte {offset + done}: {error.strerror}", file.path) from error
-        if got == 0:
-            raise refuse(f"the file ends at byte {offset + done}", file.path, "it was cut short while it was read")
-        done += got
-    return into
+def united(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Stretches of bytes, those that overlap as one."""
+    made: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if made and start < made[-1][1]:
+            made[-1] = (made[-1][0], max(end, made[-1][1]))
+        else:
+            made.append((start, end))
+    return made
 
 
 def settle(files: Files, used: Sequence[Copy], ledger: Ledger) -> None:
@@ -270,4 +288,5 @@ def settle(files: Files, used: Sequence[Copy], ledger: Ledger) -> None:
 def memory_bound(copies: Sequence[Copy]) -> int:
     """An upper bound in bytes for the buffers a run of `copies` takes."""
     widest = max((math.prod(copy.shape[-1:]) * copy.array.dtype.itemsize for copy in copies), default=0)
-    return THREADS * 4 * max(BUFFER, widest)
+    panel = PANEL if any(any(turned(tile.view) for tile in copy.array.tiles) for copy in copies) else 0
+    return THREADS * 5 * max(BUFFER, panel, widest)  # the piece, its copy, the spare (twice a piece), and a cast

@@ -18,6 +18,7 @@ from .execute import Checks, Ledger, run, settle
 from .folder import small_files, tokenizer_size
 from .plan import Copy, Plan, build
 from .staging import Staging, explained, replaceable
+from .weights import weights
 
 Progress = Callable[[int], None]
 MAX_SHARD_SIZE = "5GB"
@@ -105,7 +106,7 @@ def carry_out(
             settle(plan.checkpoint.files, plan.copies, ledger)
         small = small_files(plan, digests, Path(tokenizer) if tokenizer else None)
         if len(files) > 1:
-            small[INDEX] = index(files)
+            small[INDEX] = index(files, {weight.name for weight in weights(plan.config) if weight.row.float32})
         staging.commit(small)
 
 
@@ -151,6 +152,13 @@ def start_writeback(fd: int, offset: int, size: int) -> None:
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts layer 2 before layer 10: the order in which `save_pretrained` fills its shards."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+def natural(name: str) -> list[tuple[int, int] | tuple[int, str] | tuple[int, str, int]]:
+    """Sort key that puts layer 2 before layer 10: the order of `save_pretrained` (transformers' `dot_natural_key`)."""
+    return [natural_part(part) for part in name.split(".")]
+
+
+def natural_part(part: str) -> tuple[int, int] | tuple[int, str] | tuple[int, str, int]:
+    if part.isdigit():
+        return 0, int(part)
+    text = part.rstrip("0123456789")
+    return (1, text, int(part[len(text) :])) if text != part else (1, text)

@@ -15,21 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, dtypes
+from .architectures import auto_map, model_file, model_type
 from .errors import refuse
 from .jsonfile import read_json
 from .plan import Plan
 
 MODELS = Path(__file__).with_name("models")
 
-# What the Auto classes find in the folder; the model classes say the same when they save.
-AUTO_MAP = {
-    "AutoConfig": "configuration_mcore.McoreGPTConfig",
-    "AutoModel": "modeling_mcore_gpt.McoreGPTModel",
-    "AutoModelForCausalLM": "modeling_mcore_gpt.McoreGPTForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_mcore_gpt.McoreGPTForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_mcore_gpt.McoreGPTForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_mcore_gpt.McoreGPTForQuestionAnswering",
-}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
@@ -44,7 +36,7 @@ def small_files(plan: Plan, digests: Mapping[str, str], tokenizer: Path | None) 
         if tokenizer
         else {}
     )
-    files |= {path.name: path.read_bytes() for path in code()}
+    files |= {path.name: path.read_bytes() for path in code(model_file(plan.config))}
     files["config.json"] = as_json(config_json(plan, special))
     files.setdefault("generation_config.json", as_json(generation_json(special)))
     files["megahf.json"] = as_json(provenance(plan, digests))
@@ -56,9 +48,9 @@ def as_json(value: Any) -> bytes:
 
 
 @cache
-def code() -> tuple[Path, ...]:
+def code(module: str) -> tuple[Path, ...]:
     """The modeling file and all that it imports from beside it."""
-    wanted, seen = ["modeling_mcore_gpt"], {}
+    wanted, seen = [module], {}
     while wanted:
         name = wanted.pop()
         if name not in seen:
@@ -68,10 +60,11 @@ def code() -> tuple[Path, ...]:
 
 
 def config_json(plan: Plan, special: Mapping[str, int]) -> dict[str, Any]:
+    classes = auto_map(plan.config)
     return {
-        "architectures": ["McoreGPTForCausalLM"],
-        "auto_map": AUTO_MAP,
-        "model_type": "mcore_gpt",
+        "architectures": [classes["AutoModelForCausalLM"].partition(".")[2]],
+        "auto_map": classes,
+        "model_type": model_type(plan.config),
         "dtype": dtypes.TORCH_NAME[plan.dtype],
         "transformers_version": transformers_version(),
         "use_cache": True,

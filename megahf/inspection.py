@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import Refused
 from .layouts import layers
 from .plan import Plan, amount, build
+from .rows import Row
 from .weights import weights
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def contents(plan: Plan) -> Report:
         "config": vars(plan.config),
         "vocabulary": {"size": plan.config.vocab_size, "padding": plan.padding, "known": plan.vocabulary},
         "stages": stages(plan),
+        "experts": {"layout": plan.experts, "ranks": plan.grid.expert} if plan.experts else None,
         "weights": list(rows.values()),
         "left_out": plan.left_out,
         "unknown_arguments": plan.unknown_arguments,
@@ -74,18 +76,27 @@ def contents(plan: Plan) -> Report:
     }
 
 
-def row_report(row: Any, shape: tuple[int, ...], dtype: Any) -> Report:
-    blocks = {None: "replicated", 0: "by rows", 1: "by columns"}
+def row_report(row: Row, shape: tuple[int, ...], dtype: Any) -> Report:
     return {
         "name": row.name,
         "shape": list(shape),
         "letters": row.shape,
-        "cut": blocks[row.cut.dim],
+        "cut": cut_words(row),
         "dtype": dtypes.TORCH_NAME[dtype],
         "count": 0,
         "bytes": 0,
         "stored_again": 0,
     }
+
+
+def cut_words(row: Row) -> str:
+    """Along what ranks share out a weight."""
+    axes = ["rows", "columns"]
+    if row.experts:
+        return "by experts" if row.cut.dim is None else f"by experts and {axes[row.cut.dim - 1]}"
+    if row.cut.dim is None:
+        return "replicated"
+    return f"by {axes[row.cut.dim]}{' or whole' if row.cut.by_version else ''}"
 
 
 def stages(plan: Plan) -> list[Report]:
@@ -120,7 +131,10 @@ def model(console: Any, report: Report) -> None:
     vocabulary = report["vocabulary"]
     padding = f", {vocabulary['padding']} rows of padding left out" if vocabulary["padding"] else ""
     console.print(f"vocabulary of {vocabulary['size']} ({vocabulary['known']}){padding}")
-    console.print(stage_line(report["stages"]) + "\n")
+    console.print(stage_line(report["stages"]))
+    if experts := report["experts"]:
+        console.print(expert_line(experts, report["config"]["num_experts"]))
+    console.print()
     console.print(weight_table(report["weights"]))
     for reason, count in report["left_out"].items():
         console.print(f"left out: {count} keys, {reason}")
@@ -150,7 +164,47 @@ def architecture(config: Report) -> str:
         *([f"softmax {config['softmax_type']}"] if config["softmax_type"] != "vanilla" else []),
         *([f"window {config['window_size'][0] + 1}"] if config["window_size"] else []),
     ]
-    return f"{first}\n{', '.join(options)}"
+    return "\n".join([first, ", ".join(options), *extras(config)])
+
+
+def extras(config: Report) -> list[str]:
+    """A line each for experts, latent attention and further heads."""
+    lines = []
+    if config["num_experts"]:
+        lines.append(mixture(config))
+    if config["multi_latent_attention"]:
+        queries = f"queries from {config['q_lora_rank']}" if config["q_lora_rank"] else "straight queries"
+        heads = f"{config['qk_head_dim']} + {config['qk_pos_emb_head_dim']} ({config['rope_type']})"
+        lines.append(
+            f"latent attention: {queries}, keys and values from {config['kv_lora_rank']}, heads of {heads}, "
+            f"values of {config['v_head_dim']}"
+        )
+    if heads := config["mtp_num_layers"]:
+        shared = ", one layer for all" if config["mtp_use_repeated_layer"] else ""
+        lines.append(f"{heads} head{'s' if heads > 1 else ''} for further tokens{shared}")
+    return lines
+
+
+def mixture(config: Report) -> str:
+    frequency, layers = config["moe_layer_freq"], config["num_layers"]
+    count = len(range(0, layers, frequency)) if isinstance(frequency, int) else sum(map(bool, frequency))
+    score = config["moe_router_score_function"] + (" first" if config["moe_router_pre_softmax"] else "")
+    parts = [
+        f"{config['num_experts']} experts of {config['moe_ffn_hidden_size']} in {count} of {layers} layers",
+        f"{config['moe_router_topk']} a token ({score}{' + bias' if config['moe_router_enable_expert_bias'] else ''})",
+    ]
+    if config["moe_router_group_topk"]:
+        parts.append(f"from {config['moe_router_group_topk']} of {config['moe_router_num_groups']} groups")
+    if shared := config["moe_shared_expert_intermediate_size"]:
+        parts.append(f"shared experts of {shared}{' with a gate' if config['moe_shared_expert_gate'] else ''}")
+    if latent := config["moe_latent_size"]:
+        parts.append(f"in {latent} channels")
+    return ", ".join(parts)
+
+
+def expert_line(experts: Report, count: int) -> str:
+    ranks = f" on {experts['ranks']} expert-parallel ranks" if experts["ranks"] > 1 else ""
+    return f"experts: {experts['layout']}, {count}{ranks}"
 
 
 def positions(config: Report) -> str:

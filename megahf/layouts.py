@@ -30,8 +30,9 @@ class Grid:
     layout: str | None = None  # "Et|t|tt|L"
 
     def __str__(self) -> str:
-        named = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.virtual, "EP": self.expert}
-        return " ".join(f"{name}{size}" for name, size in named.items() if size > 1 or name == "TP")
+        sizes = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.virtual, "EP": self.expert}
+        named = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name == "TP"]
+        return " ".join([*named, f"ETP{self.expert_tensor}"] if self.expert_tensor != self.tensor else named)
 
 
 def layers(grid: Grid, num_layers: int) -> dict[Chunk, range]:

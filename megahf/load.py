@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import dtypes
+from .architectures import load_class, model_type
 from .errors import refuse
 from .execute import BUFFER, Checks, Ledger, run, settle
 from .export import Progress, plan_for
-from .models.configuration_mcore import McoreGPTConfig
-from .models.modeling_mcore_gpt import McoreGPTForCausalLM
 from .plan import Copy, Plan
 from .weights import weights
 
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # chosen when a model is made, not in its config
 DeviceMap = str | int | torch.device | Mapping[str, Any] | None
 
 
 def from_megatron(
     checkpoint: str | Path,
-    model_class: type[PreTrainedModel] = McoreGPTForCausalLM,
+    model_class: type[PreTrainedModel] | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     device_map: DeviceMap = None,
@@ -41,7 +41,8 @@ def from_megatron(
     """The model that the Megatron checkpoint at `checkpoint` holds, in evaluation mode.
 
     Args:
-        model_class: what to build; a base model without its head leaves the head's weights out.
+        model_class: what to build, the causal language model by default; a base model without its head leaves the
+            head's weights out.
         dtype: of the parameters: a torch dtype or `bf16`, `fp16`, `fp32`; as stored by default.
         device_map: `"cpu"` (default), `"cuda"` or another device, `"auto"` or a map for accelerate, `"meta"` to look.
         true_vocab_size, tokenizer, strict, checksums, progress: as for `megahf.convert`.
@@ -52,14 +53,28 @@ def from_megatron(
     """
     plan = plan_for(checkpoint, dtype_name(dtype), true_vocab_size, tokenizer, strict)
     stored = dtypes.TORCH_NAME[plan.dtype]
-    settings = McoreGPTConfig(**vars(plan.config), dtype=stored)
+    chosen = {name: config.pop(name) for name in IMPLEMENTATIONS if name in config}
+    settings = load_class(plan.config, "AutoConfig")(**{**vars(plan.config), "dtype": stored, **config})
     with torch.device("meta"):
-        model = model_class._from_config(settings, dtype=getattr(torch, stored), **config)
+        model = fitting(model_class, plan)._from_config(settings, dtype=getattr(torch, stored), **chosen)
     if device_map == "meta":
         return model.eval()
     devices = place(model, device_map, max_memory)
     fill(model, plan, devices, Checks(checksums), progress)
     return dispatch(model.eval(), devices)
+
+
+def fitting(asked: type[PreTrainedModel] | None, plan: Plan) -> type[PreTrainedModel]:
+    """The class to build; refuses one of another kind of model."""
+    causal: type[PreTrainedModel] = load_class(plan.config)
+    kind = asked.config_class.model_type if asked and asked.config_class else None
+    if asked and kind != model_type(plan.config):
+        raise refuse(
+            f"the checkpoint holds a {causal.__name__}, not a {asked.__name__}",
+            plan.checkpoint.path,
+            f"use {causal.__name__}.from_megatron, or megahf.from_megatron, which picks the class",
+        )
+    return asked or causal
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
@@ -94,12 +109,12 @@ def place(
 
 
 def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks: Checks, progress: Progress) -> None:
-    """Gives every parameter memory on its device and runs the plan into it; computes what is not stored."""
+    """Gives every weight memory on its device and runs the plan into it; computes what is not stored."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
     stored = {copy.runtime: copy for copy in plan.copies}
     parameters: dict[str, Tensor] = {}
-    for name, parameter in list(model.named_parameters()):
+    for name, weight in saved(model):
         if name in tied:
             continue
         if (copy := stored.get(prefix + name)) is None:
@@ -107,7 +122,7 @@ def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks:
             raise refuse("the model class has weights that the checkpoint has not", name, remedy)
         dtype = getattr(torch, dtypes.TORCH_NAME[copy.dtype])
         memory = torch.empty(copy.shape, dtype=dtype, device=device_of(name, devices))
-        replace(model, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+        replace(model, name, memory, weight)
         parameters[prefix + name] = memory
     copies = [copy for copy in plan.copies if copy.runtime in parameters]
     ledger = Ledger()
@@ -116,6 +131,12 @@ def fill(model: PreTrainedModel, plan: Plan, devices: Mapping[str, Any], checks:
         settle(plan.checkpoint.files, copies, ledger)
     place_buffers(model, devices)
     model.tie_weights()
+
+
+def saved(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are saved with them: the bias that balances experts."""
+    state = model.state_dict()
+    return [*model.named_parameters(), *((name, value) for name, value in model.named_buffers() if name in state)]
 
 
 def sink(parameters: Mapping[str, Tensor]) -> Any:
@@ -147,13 +168,16 @@ def device_of(name: str, devices: Mapping[str, Any]) -> Any:
     raise refuse("the device map has no place for a weight", name, "add it, or give device_map='auto'")
 
 
-def replace(model: nn.Module, name: str, value: nn.Parameter) -> None:
+def replace(model: nn.Module, name: str, memory: Tensor, weight: Tensor) -> None:
+    """Puts `memory` in the place of the parameter or buffer `weight`."""
     module, _, leaf = name.rpartition(".")
+    parameter = isinstance(weight, nn.Parameter)
+    value = nn.Parameter(memory, requires_grad=weight.requires_grad) if parameter else memory
     setattr(model.get_submodule(module), leaf, value)
 
 
 def place_buffers(model: PreTrainedModel, devices: Mapping[str, Any]) -> None:
-    """Buffers are computed from the config when a module is made; they only move."""
+    """Other buffers are computed from the config when a module is made; they only move."""
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -175,7 +199,7 @@ def canonical_state(model: PreTrainedModel) -> dict[str, Tensor]:
     prefix = "model." if hasattr(model, model.base_model_prefix) else ""
     named = {}
     for weight in weights(model.config):
-        runtime = weight.row.runtime.format(l=weight.layer)
+        runtime = weight.parameter
         key = next(key for key in (prefix + runtime, runtime) if key in state)
         named[weight.name] = state[key]
     return named

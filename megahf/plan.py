@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,11 +19,15 @@ import numpy as np
 from . import dtypes
 from .arguments import config as config_of
 from .arguments import grid, notes, unknown, vocabulary
-from .checkpoint import Checkpoint, Holding
+from .checkpoint import Checkpoint
+from .cuts import Config
+from .discovery import discover, has_mixers, shapes_of
 from .errors import Problems, refuse
-from .layouts import Chunk, Grid, layers
+from .hybrid import pattern_of
+from .layouts import Grid
+from .stored import Copies, Places, Source, Stored, locate, versions
 from .tiles import Tiled, join
-from .weights import HEAD, WORDS, Config, Found, Row, Weight, foreign, ignored, recognise, weights
+from .weights import HEAD, WORDS, Weight, weights
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Plan:
     copies: list[Copy]
     padding: int  # vocabulary rows left out
     vocabulary: str  # how the true size is known
+    experts: str  # how they are stored, in a word; empty without experts
     left_out: dict[str, int]  # reason -> stored keys
     unknown_arguments: list[str]
     notes: list[str]
@@ -99,21 +104,6 @@ class Plan:
         return text.hexdigest()
 
 
-@dataclass
-class Stored:
-    """One weight as it lies in one pipeline chunk: block part -> tensor-parallel rank -> copies (where, array)."""
-
-    chunk: Chunk
-    sharded: bool  # by tensor-parallel ranks, as legacy files are
-    parts: dict[int, dict[int, list[tuple[str, Tiled]]]] = field(default_factory=lambda: defaultdict(dict))
-
-    def add(self, part: int, rank: int, where: str, array: Tiled) -> None:
-        self.parts[part].setdefault(rank, []).append((where, array))
-
-
-Places = dict[str, dict[Chunk, Stored]]  # canonical name -> chunk -> what it holds
-
-
 def build(
     checkpoint: Checkpoint,
     *,
@@ -130,17 +120,21 @@ def build(
     Raises:
         Refused: unknown, missing, misshapen or unequal weights, and arguments that are not built; all at once.
     """
-    args = checkpoint.args
+    args, shapes = checkpoint.args, shapes_of(checkpoint)
+    if has_mixers(shapes) and pattern_of(args) is None:
+        args = {**args, "is_hybrid_model": True}  # Mamba alone, of a Megatron that did not note it
     config = config_of(args, 0)
     chunks = 1 + max((holding.chunk for holding in checkpoint.holdings), default=0)
     ranks = grid(args, chunks if checkpoint.format == "torch" else None)
-    places, left_out = locate(checkpoint, config, ranks)
+    said = notes(args)
+    said += discover(config, shapes, ranks, checkpoint.format == "torch")
+    source = Source.of(config, args, ranks)
+    places, left_out = locate(checkpoint, source)
     rows = vocabulary_rows(places, ranks)
-    config.vocab_size, source = vocabulary(args, rows, true_vocab_size, tokenizer_size)
-    copies = assemble(places, config, ranks, target_dtype(dtype))
-    return Plan(
-        checkpoint, config, ranks, copies, rows - config.vocab_size, source, left_out, unknown(args), notes(args)
-    )
+    config.vocab_size, known = vocabulary(args, rows, true_vocab_size, tokenizer_size)
+    copies = assemble(places, source, target_dtype(dtype))
+    padding, experts = rows - config.vocab_size, expert_layout(places)
+    return Plan(checkpoint, config, ranks, copies, padding, known, experts, left_out, unknown(args), said)
 
 
 def target_dtype(name: str | None) -> np.dtype | None:
@@ -152,51 +146,10 @@ def target_dtype(name: str | None) -> np.dtype | None:
     return known
 
 
-def locate(checkpoint: Checkpoint, config: Config, ranks: Grid) -> tuple[Places, dict[str, int]]:
-    """Every stored key under its canonical name, and how many keys were left out for what reason."""
-    places: Places = defaultdict(dict)
-    left_out: dict[str, int] = defaultdict(int)
-    strange, held = Problems(), layers(ranks, config.num_layers)
-    for holding in checkpoint.holdings:
-        for key in (*holding.shapes, *holding.objects):
-            if reason := ignored(key):
-                left_out[reason] += 1
-            elif (found := recognise(key)) is None:
-                kind = foreign(key)
-                what = f"these weights belong to {kind}, which is not supported yet" if kind else "unknown weights"
-                strange.add(
-                    what, f"{key} in {holding.where}", "" if kind else "every key must be in a row of weights.py"
-                )
-            elif key in holding.objects:
-                strange.add(f"a weight that is no tensor but {holding.objects[key]}", f"{key} in {holding.where}")
-            else:
-                for name, array in read(holding, key, found, held, config, strange):
-                    chunk = (holding.rank.pipeline, holding.chunk) if holding.rank else (0, 0)
-                    stored = places[name].setdefault(chunk, Stored(chunk, holding.rank is not None))
-                    stored.add(found.part, holding.rank.tensor if holding.rank else 0, holding.where, array)
-    strange.raise_if_any()
-    return places, dict(left_out)
-
-
-def read(
-    holding: Holding, key: str, found: Found, held: Mapping[Chunk, range], config: Config, problems: Problems
-) -> Iterable[tuple[str, Tiled]]:
-    """The canonical name and array of each weight that `key` stores: one, or one a layer where they are stacked."""
-    where = f"{key} in {holding.where}"
-    if found.stacked:
-        layers_stored = holding.shapes[key][0][0]
-        if layers_stored != config.num_layers:
-            problems.add(f"{layers_stored} layers are stacked, the args say {config.num_layers}", where)
-            return []
-        stacked = holding.read(key)
-        return [(found.row.name.format(l=layer), stacked.take(layer)) for layer in range(layers_stored)]
-    if found.layer is None:
-        return [(found.row.name, holding.read(key))]
-    mine = held[holding.rank.pipeline, holding.chunk] if holding.rank else range(config.num_layers)
-    if found.layer >= len(mine):
-        problems.add(f"layer {found.layer} of a stage that the args give {len(mine)} layers", where)
-        return []
-    return [(found.row.name.format(l=mine[found.layer]), holding.read(key))]
+def expert_layout(places: Places) -> str:
+    """The layouts of experts that were found."""
+    found = {name for chunks in places.values() for stored in chunks.values() for name in stored.layouts}
+    return " and ".join(sorted(found - {""}))
 
 
 def vocabulary_rows(places: Places, ranks: Grid) -> int:
@@ -204,78 +157,89 @@ def vocabulary_rows(places: Places, ranks: Grid) -> int:
     if WORDS not in places:
         raise refuse("the word embedding is not in this checkpoint", WORDS, "is the first pipeline stage missing?")
     stored = next(iter(places[WORDS].values()))
-    if absent := sorted(set(range(ranks.tensor if stored.sharded else 1)) - set(stored.parts[0])):
+    (part,) = stored.runs[0].values()
+    if absent := sorted(set(range(ranks.tensor if stored.sharded else 1)) - set(part)):
         raise refuse(f"missing on tensor-parallel ranks {absent} of {ranks.tensor}", WORDS, "are ranks mixed up?")
-    return sum(copies[0][1].shape[0] for copies in stored.parts[0].values())
+    return sum(copies[0][1].shape[0] for copies in part.values())
 
 
-def assemble(places: Places, config: Config, ranks: Grid, dtype: np.dtype | None) -> list[Copy]:
+def assemble(places: Places, source: Source, dtype: np.dtype | None) -> list[Copy]:
     """One copy for each weight of the model; what is missing, left over or misshapen is refused together."""
     problems, copies = Problems(), []
-    expected = {weight.name: weight for weight in weights(config)}
-    tied = tied_copies(places, expected, problems)
+    expected = {weight.name: weight for weight in weights(source.config)}
+    tied = tied_copies(places, expected, source.config, problems)
     for name, weight in expected.items():
         if name not in places:
             problems.add("missing weights", name, "the checkpoint is incomplete, or its args are another model's")
             continue
         stored = [*places[name].values(), *(places[tied[name]].values() if name in tied else ())]
-        wholes = [whole for chunk in stored for whole in merged(weight, chunk, config, ranks, problems)]
+        wholes = [whole for chunk in stored for whole in assembled(weight, chunk, source, problems)]
         if wholes:
-            source = wholes[0][1].dtype
-            target = dtype if dtype is not None and dtypes.is_float(source) else source
+            target = target_of(weight, wholes[0][1].dtype, dtype)
             copies.append(Copy(name, wholes[0][1], target, tuple(wholes[1:]), runtime(weight)))
     problems.raise_if_any()
     return copies
 
 
+def target_of(weight: Weight, stored: np.dtype, asked: np.dtype | None) -> np.dtype:
+    """The number format a weight is written in."""
+    if weight.row.float32:
+        return np.dtype(np.float32)
+    return asked if asked is not None and dtypes.is_float(stored) else stored
+
+
 def runtime(weight: Weight) -> str:
     """The parameter's name in the causal language model."""
-    name = weight.row.runtime.format(l=weight.layer)
-    return name if weight.row.name in HEAD else f"model.{name}"
+    return weight.parameter if weight.row.name in HEAD else f"model.{weight.parameter}"
 
 
-def tied_copies(places: Places, expected: Mapping[str, Weight], problems: Problems) -> dict[str, str]:
+def tied_copies(places: Places, expected: Mapping[str, Weight], config: Config, problems: Problems) -> dict[str, str]:
     """Weights that are stored though the model has them only as another one's tie: the kept name -> the copy's."""
     tied = {}
     for name in places:
         if name in expected:
             continue
-        found = recognise(name)
-        if found and found.row.tied in expected:
-            tied[found.row.tied] = name
+        stored = next(iter(places[name].values()))
+        if stored.row.tied in expected:
+            tied[stored.row.tied] = name
         else:
-            needs = f"they exist only with {found.row.when}" if found else ""
-            problems.add("weights of a model that the args do not describe", name, needs)
+            missing = ", ".join(stored.row.unmet(config, stored.layer))
+            problems.add("weights of a model that the args do not describe", name, f"they exist only with {missing}")
     return tied
 
 
-def merged(weight: Weight, stored: Stored, config: Config, ranks: Grid, problems: Problems) -> list[tuple[str, Tiled]]:
+def assembled(weight: Weight, stored: Stored, source: Source, problems: Problems) -> Copies:
     """(where, whole array) for each time that one chunk stores a weight."""
-    parts, cut = [stored.parts[part] for part in sorted(stored.parts)], weight.row.cut
-    wanted = ranks.tensor if stored.sharded else 1
-    if absent := sorted(set(range(wanted)) - set(range(wanted)).intersection(*parts)):
-        problems.add(f"missing on tensor-parallel ranks {absent} of {wanted}", weight.name)
-        return []
+    row = weight.row
+    wanted = source.tensor_ranks(row) if stored.sharded else 1
+    for run in stored.runs.values():
+        if absent := sorted(set(range(wanted)) - set(range(wanted)).intersection(*run.values())):
+            problems.add(f"missing on tensor-parallel ranks {absent} of {wanted}", weight.name)
+            return []
     try:
-        if cut.dim is None:
-            wholes = [copy for rank in parts[0].values() for copy in rank]
-        else:
-            turns = max(len(copies) for part in parts for copies in part.values())
-            wholes = [whole(weight.row, parts, turn, config) for turn in range(turns)]
+        runs = {first: versions(row, stored, run, weight.shape, source) for first, run in stored.runs.items()}
+        if row.experts and (lacking := absent_experts(runs, weight.shape[0])):
+            problems.add(
+                f"experts {lacking} of {weight.shape[0]} are missing", weight.name, "is the file of a rank missing?"
+            )
+            return []
+        wholes = [in_turn(runs, turn) for turn in range(max(map(len, runs.values())))]
         return [(where, fitted(weight, array)) for where, array in wholes]
     except ValueError as error:
         problems.add(f"shapes do not fit: {error}", weight.name, "were these ranks written by one run?")
         return []
 
 
-def whole(row: Row, parts: list[dict[int, list[tuple[str, Tiled]]]], turn: int, config: Config) -> tuple[str, Tiled]:
-    """A cut weight over its ranks; `turn` picks among several files that hold the same rank."""
-    chosen = [[part[rank][min(turn, len(part[rank]) - 1)] for rank in sorted(part)] for part in parts]
-    arrays = [[array for _, array in part] for part in chosen]
-    where, dim = chosen[0][0][0], row.cut.dim or 0
-    if len(parts) == 1:
-        return where, row.cut.merge(arrays[0], config)
-    return where, join([join(part, dim) for part in arrays], dim)
+def absent_experts(runs: Mapping[int, Copies], total: int) -> list[int]:
+    """Experts that no run holds."""
+    held = {first + number for first, copies in runs.items() for number in range(copies[0][1].shape[0])}
+    return sorted(set(range(total)) - held)
+
+
+def in_turn(runs: Mapping[int, Copies], turn: int) -> tuple[str, Tiled]:
+    """All experts, from the `turn`-th copy of each run of them."""
+    picked = [runs[first][min(turn, len(runs[first]) - 1)] for first in sorted(runs)]
+    return picked[0][0], picked[0][1] if len(picked) == 1 else join([array for _, array in picked], 0)
 
 
 def fitted(weight: Weight, array: Tiled) -> Tiled:

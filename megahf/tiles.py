@@ -68,8 +68,11 @@ class Tiled:
         return Tiled(swapped(self.shape, a, b), self.dtype, tiles)
 
     def unflatten(self, axis: int, sizes: tuple[int, int]) -> Tiled:
-        """Axis `axis` as two, the second of them the faster one; tiles that end inside a row of it are split there."""
-        rows, row = sizes
+        """Axis `axis` as two, the second of them the faster one; tiles that end inside a row of it are split there.
+
+        One of the two sizes may be -1: what is left.
+        """
+        rows, row = (-self.shape[axis] // (sizes[0] * sizes[1]) if size == -1 else size for size in sizes)
         if rows * row != self.shape[axis]:
             raise ValueError(f"axis {axis} of {self.shape} is not {rows} x {row}")
         tiles = [cut for tile in self.tiles for cut in unflattened(tile, axis, row)]
@@ -105,6 +108,15 @@ def join(parts: Sequence[Tiled], axis: int) -> Tiled:
 def stack(parts: Sequence[Tiled]) -> Tiled:
     """The parts along a new first axis."""
     return join([add_axis(part) for part in parts], 0)
+
+
+def unstack(array: Tiled) -> list[Tiled]:
+    """Every place of the first axis on its own, without that axis: `take` of each, in one walk over the tiles."""
+    tiles: list[list[Tile]] = [[] for _ in range(array.shape[0])]
+    for start, view in array.tiles:
+        for index in range(view.shape[0]):
+            tiles[start[0] + index].append(Tile(start[1:], view[index, ...]))
+    return [Tiled(array.shape[1:], array.dtype, tuple(of)) for of in tiles]
 
 
 def add_axis(part: Tiled) -> Tiled:

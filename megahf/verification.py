@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ from .checkpoint import open_checkpoint
 from .checkpoint.mapped import Files
 from .checkpoint.safetensors import Written, stored
 from .errors import Problems, refuse
-from .execute import Checks, Ledger, pread, run, settle
+from .execute import Checks, Ledger, run, settle
 from .export import Progress
 from .jsonfile import read_json
 from .plan import Copy, build
+from .reading import pread
 
 TOLERANCE = 3e-5  # of fp32 logits, which Megatron's own parallel layouts differ by
 
@@ -111,19 +113,19 @@ def verify_logits(source: str | Path, folder: str | Path) -> float:
     """
     import torch
 
+    from .architectures import load_class
     from .judge.bench import Bench, world
     from .judge.namespace import recovered
-    from .models.modeling_mcore_gpt import McoreGPTForCausalLM
 
     checkpoint, config = open_checkpoint(source), read_config(Path(folder))
-    arguments = recovered(checkpoint.args)
+    arguments = {**recovered(checkpoint.args), "data_parallel_size": 1}  # as few processes as the files need
     tokens = torch.randint(config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
     with Bench(world(arguments) if checkpoint.format == "torch" else 1) as bench:
         theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[
             ..., : config["vocab_size"]
         ]
     with torch.no_grad():
-        ours = McoreGPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+        ours = load_class(SimpleNamespace(**config)).from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
     difference = float(abs(ours.numpy() - theirs).max())
     if not difference <= TOLERANCE:
         raise refuse(f"fp32 logits differ from megatron-core's by {difference:.2e}, more than {TOLERANCE:g}", folder)

@@ -1,27 +1,22 @@
-"""Promise: the model may be spread over memory, disk and processes, or compiled, and says the same.
+"""Promise: the model may be spread over memory and disk, or compiled, and says the same.
 
-Without a GPU: layers on the CPU and on disk, `torch.compile`, tensor parallelism of two processes over gloo.
+Without a GPU: layers on the CPU and on disk, weights brought from the CPU when they are needed, `torch.compile`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
-from tiny import LLAMA, VARIANTS, tiny, tokens
-from transformers import AutoModelForCausalLM, StaticCache
+from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+from tiny import LLAMA, MIXTURES, VARIANTS, tiny, tiny_hybrid, tokens
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import megahf
-from megahf import McoreGPTForCausalLM
 
 megahf.register()
 
@@ -51,6 +46,48 @@ def test_layers_on_disk_change_nothing(variant: str, tmp_path: Path) -> None:
     assert torch.equal(spread.generate(tokens(2, 9), **GREEDY), model.generate(tokens(2, 9), **GREEDY))
 
 
+MODELS = {**VARIANTS, **MIXTURES}
+SPREAD_TOO = ["latents", *MIXTURES, "hybrid everything", "hybrid latents", "hybrid mamba 1"]
+
+
+def build(name: str) -> PreTrainedModel:
+    """The model, with biases of experts' scores that make a difference."""
+    hybrid = name.removeprefix("hybrid ")
+    model = tiny(**MODELS[name]) if hybrid == name else tiny_hybrid(hybrid)
+    for buffer, values in model.named_buffers():
+        if buffer.endswith("expert_bias"):
+            values.copy_(torch.linspace(-0.3, 0.3, len(values)))
+    return model
+
+
+@pytest.mark.parametrize("name", SPREAD_TOO)
+@torch.no_grad()
+def test_experts_latents_and_mixers_on_disk_change_nothing(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path / "model")
+    whole = ["embedding", "rotary_pos_emb", "decoder.final_layernorm", "decoder.final_norm"]
+    places = {"output_layer": "cpu", "model.mtp": "disk", **{f"model.{part}": "cpu" for part in whole}}
+    places |= {f"model.decoder.layers.{layer}": "disk" for layer in range(model.config.num_layers)}
+    places = {part: place for part, place in places.items() if part in dict(model.named_modules())}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    assert all(parameter.is_meta for parameter in spread.model.decoder.layers.parameters())
+    assert torch.equal(spread(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+    assert torch.equal(spread.generate(tokens(2, 9), **GREEDY), model.generate(tokens(2, 9), **GREEDY))
+    spread.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", SPREAD_TOO)
+@torch.no_grad()
+def test_each_module_alone_asks_for_its_weights(name: str) -> None:
+    expected, offloaded = build(name)(tokens(2, 9)).logits, build(name)
+    cpu_offload(offloaded, execution_device="cpu", offload_buffers=True)  # weights are there while a module is called
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    assert torch.equal(offloaded(tokens(2, 9)).logits, expected)
+
+
 @torch.no_grad()
 def test_a_map_made_for_little_memory_splits_no_layer(tmp_path: Path) -> None:
     model = tiny(**VARIANTS["window and sinks"], num_layers=6)
@@ -71,107 +108,26 @@ def test_an_automatic_map_loads_a_saved_folder(tmp_path: Path) -> None:
     assert torch.equal(spread(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
 
 
+@pytest.mark.parametrize("variant", MIXTURES)
 @torch.no_grad()
-def test_compiled_decoding_says_the_same() -> None:
+def test_experts_and_latents_are_one_graph(variant: str) -> None:
+    model = tiny(**MIXTURES[variant])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens(2, 9)).logits, model(tokens(2, 9)).logits, rtol=1e-4, atol=1e-5)
+
+
+COMPILED = {"llama": LLAMA, "latents and experts": {**MIXTURES["latents and experts"], "mtp_num_layers": None}}
+
+
+@pytest.mark.parametrize("variant", COMPILED)
+@torch.no_grad()
+def test_compiled_decoding_says_the_same(variant: str) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler: torch.compile cannot be tested here; install g++ or set CXX")
-    model, whole = tiny(**LLAMA, num_layers=1), tokens(2, 12)
+    model, whole = tiny(**COMPILED[variant], num_layers=1), tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=16)
     model(whole[:, :8], past_key_values=cache)
     for end in range(9, 13):
         found = compiled(whole[:, end - 1 : end], past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(found, model(whole[:, :end]).logits[:, -1], rtol=1e-4, atol=1e-5)
-
-
-def shared(variant: str) -> McoreGPTForCausalLM:
-    """A model whose vocabulary two processes can share out evenly, as transformers 5.17 still asks."""
-    return tiny(**VARIANTS[variant], vocab_size=62)
-
-
-PARALLEL = ["gpt2", "llama", "sinks", "off by one", "window and sinks", "gate and norms"]
-# Each rank loads its part of the folders at sys.argv[1] with the code that lies in them.
-RANKS = """
-import sys
-from pathlib import Path
-sys.modules["megahf"] = None  # an import of it fails
-import torch, torch.distributed as dist
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if (path / "config.json").is_file()):
-    load = {"trust_remote_code": True, "distributed_config": DistributedConfig(tp_size=2)}
-    if dist.get_rank() == 0:  # one copies the code into the cache, then both import it
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    dist.barrier()
-    model = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
-    found = {"local": {name: tuple(getattr(x, "to_local", lambda: x)().shape) for name, x in model.named_parameters()}}
-    ids = torch.load(folder / "ids.pt")
-    with torch.no_grad():
-        found["logits"] = model(ids).logits
-        greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "disable_compile": True}
-        found["dynamic"] = model.generate(ids, **greedy)
-        found["static"] = model.generate(ids, cache_implementation="static", **greedy)
-        found["in chunks"] = model.generate(ids, cache_implementation="static", prefill_chunk_size=4, **greedy)
-    model.train()
-    model(ids, labels=ids).loss.backward()
-    full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-    found["gradients"] = {name: full(x.grad) for name, x in model.named_parameters()}
-    model.save_pretrained(folder / "again", is_main_process=dist.get_rank() == 0)
-    if dist.get_rank() == 0:
-        torch.save(found, folder / "found.pt")
-    dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-@pytest.fixture(scope="module")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder a variant, with what two processes made of it in found.pt and again/."""
-    root = tmp_path_factory.mktemp("parallel")
-    for variant in PARALLEL:
-        shared(variant).save_pretrained(root / variant)
-        torch.save(tokens(2, 9), root / variant / "ids.pt")
-    (root / "ranks.py").write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache")}
-    with (root / "log").open("w") as log:
-        command = [*launcher, str(root / "ranks.py"), str(root)]
-        run = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code = run.wait(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            code = run.wait()
-    assert code == 0, (root / "log").read_text()[-5000:]
-    yield root
-
-
-@pytest.mark.parametrize("variant", PARALLEL)
-def test_two_processes_say_what_one_says(variant: str, parallel: Path) -> None:
-    model, found = shared(variant), torch.load(parallel / variant / "found.pt")
-    layer = "model.decoder.layers.0."
-    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
-        rows, columns = model.get_parameter(f"{layer}{name}.weight").shape
-        assert found["local"][f"{layer}{name}.weight"] == (rows // 2, columns)
-    with torch.no_grad():
-        torch.testing.assert_close(found["logits"], model(tokens(2, 9)).logits, rtol=1e-4, atol=1e-5)
-    alone = model.generate(tokens(2, 9), **GREEDY)
-    for way in ("dynamic", "static", "in chunks"):
-        assert torch.equal(found[way], alone), way
-
-
-@pytest.mark.parametrize("variant", PARALLEL)
-def test_two_processes_find_the_gradients_of_one(variant: str, parallel: Path) -> None:
-    model = shared(variant).train()
-    model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    found = torch.load(parallel / variant / "found.pt")["gradients"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("variant", PARALLEL)
-def test_two_processes_save_the_bytes_they_loaded(variant: str, parallel: Path) -> None:
-    before, after = parallel / variant, parallel / variant / "again"
-    assert (after / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()

@@ -210,11 +210,20 @@ def test_mup_scales_as_its_config_does() -> None:
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"num_experts": 8}, "--num-experts 8 is a mixture of experts, which is not supported yet"),
-    ({"multi_latent_attention": True}, "multi-latent attention, which is not supported yet"),
-    ({"mtp_num_layers": 1}, "multi-token prediction, which is not supported yet"),
-    ({"is_hybrid_model": True}, "a hybrid Mamba model, which is not supported yet"),
-    ({"hybrid_layer_pattern": "M*M-"}, "a hybrid Mamba model, which is not supported yet"),
+    ({"moe_router_score_function": "tanh"}, "--moe-router-score-function tanh is a router that is not built"),
+    ({"moe_router_load_balancing_type": "quantile_balancing"}, "quantile_balancing is a router that is not built"),
+    ({"moe_router_load_balancing_type": ["aux_loss", "odd"]}, "['aux_loss', 'odd'] is a router that is not built"),
+    ({"moe_router_dtype": "fp8"}, "--moe-router-dtype fp8 is a number format for routers that is not built"),
+    ({"moe_token_drop_policy": "luck"}, "--moe-token-drop-policy luck"),
+    ({"moe_router_force_load_balancing": True}, "routing at random"),
+    ({"moe_router_force_biased": 0.1}, "routing at random"),
+    ({"mtp_hsm": True}, "mixing of hidden states"),
+    ({"rope_type": "mrope"}, "--rope-type mrope"),
+    ({"use_grouped_gemm_for_dense_mlp": True}, "--use-grouped-gemm-for-dense-mlp True is gate and up by turns"),
+    (
+        {"multi_latent_attention": True, "rotary_scaling_factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+        "--mscale and --mscale-all-dim differ",
+    ),
     ({"linear_attention_freq": 4}, "linear attention"),
     ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
     ({"position_embedding_type": "relative"}, "--position-embedding-type relative"),
@@ -235,7 +244,7 @@ def test_what_is_not_built_is_refused_by_name(args: dict[str, Any], says: str) -
 
 def test_everything_that_is_not_built_is_said_at_once() -> None:
     with pytest.raises(Refused) as error:
-        fields({**BARE, "num_experts": 8, "multi_latent_attention": True, "normalization": "L2Norm"})
+        fields({**BARE, "mtp_hsm": True, "moe_router_dtype": "fp8", "normalization": "L2Norm"})
     assert len(str(error.value).splitlines()) == 3
 
 

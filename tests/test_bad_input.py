@@ -11,6 +11,7 @@ import pytest
 import torch
 from bad import ROWS, Bad, add, every, hostile, hostile_zip
 from small import fingerprint, megahf, write_torch, write_torch_dist
+from small_experts import Run, write_experts
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
     write_torch(folder / "legacy", tensor=2, pipeline=2, stages=[[0, 1], [2, 3]])
     write_torch_dist(folder / "dist")
+    write_experts(folder / "sequential", "sequential", Run(tensor=2, expert=2))
+    write_experts(folder / "grouped", "legacy-grouped", Run(tensor=2, expert=2))
     return folder
 
 
@@ -29,7 +32,7 @@ def here(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("base", ["legacy", "dist"])
+@pytest.mark.parametrize("base", ["legacy", "dist", "sequential", "grouped"])
 def test_without_damage_the_checkpoints_convert(here: Path, base: str) -> None:
     result = megahf("convert", base, "hf", "--strict", "--refuse-nonfinite")
     assert result.exit_code == 0, result.output
@@ -88,7 +91,7 @@ def test_forty_unknown_weights_are_one_line(here: Path) -> None:
 
 
 def test_several_reasons_are_all_said(here: Path) -> None:
-    every(num_experts=8, multi_latent_attention=True)(here / "legacy")
+    every(mtp_hsm=True, normalization="L2Norm")(here / "legacy")
     result = megahf("convert", "legacy", "hf")
     assert len(result.stderr.splitlines()) == 2
 

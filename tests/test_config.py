@@ -96,5 +96,5 @@ def test_weights_start_as_megatron_starts_them() -> None:
     for narrow in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
         assert narrow.weight.std().item() == pytest.approx(0.05 / 4, rel=0.05)
         assert not narrow.bias.any()
-    assert not layer.input_layernorm.weight.any()
+    assert not layer.self_attention.linear_qkv_layernorm.weight.any()
     assert layer.self_attention.core_attention.softmax_offset.any()

@@ -18,8 +18,9 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megahf import execute
+from megahf import execute, reading
 from megahf.checkpoint.mapped import Entry, Files
+from megahf.cuts import deinterleaved, from_weight1, from_weight2
 from megahf.errors import Refused
 from megahf.execute import Checks, Ledger, boxes, memory_bound, run, settle
 from megahf.plan import Copy
@@ -55,6 +56,8 @@ class Source:
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "BUFFER", 64)
+    monkeypatch.setattr(execute, "PANEL", 400)
+    monkeypatch.setattr(reading, "BLOCK", 3)
     monkeypatch.setattr(boxes, "__defaults__", (64,))
 
 
@@ -88,6 +91,10 @@ WAYS: dict[str, Callable[[list[Tiled]], Tiled]] = {
     "one layer of a stack": lambda parts: parts[1].unflatten(0, (3, 4)).take(1),
     "columns of a window": lambda parts: parts[0].narrow(1, 3, 5),
     "packed the other way": lambda parts: parts[1].unflatten(0, (4, 3)).swapaxes(0, 1).flatten(0),
+    "experts of a legacy weight1": lambda parts: from_weight1(parts[0], None, 4),
+    "a tensor-parallel rank's, joined": lambda parts: join([from_weight1(part, None, 2) for part in parts], 1),
+    "experts of a legacy weight2": lambda parts: from_weight2(parts[1], None, 3),
+    "gate and up by turns": lambda parts: deinterleaved(parts[0], 0, 3),
     "a vector": lambda parts: parts[0].take(3),
     "a scalar": lambda parts: parts[0].take(3).take(2),
 }
@@ -114,6 +121,40 @@ def test_any_buffer_gives_the_same_bytes_and_the_crc_holds(rows: int, columns: i
         array = join([Tiled.of(part) for part in source.arrays], 1)
         written, _ = source.run(copy(array))  # settles the CRCs
         assert written["weight"] == array.numpy().tobytes()
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.integers(1, 700),
+    st.integers(1, 9), st.sampled_from([np.float16, np.float32]),
+)  # fmt: skip
+def test_transposed_experts_arrive_as_numpy_has_them_whatever_the_panel(
+    experts: int, rows: int, columns: int, ranks: int, panel: int, block: int, dtype: type
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "PANEL", panel)
+        patch.setattr(reading, "BLOCK", block)
+        patch.setattr(reading, "LONG", panel)
+        weights = [numbers(rows, experts * columns, seed=rank).astype(dtype) for rank in range(ranks)]
+        source = Source(Path(folder), *weights)
+        array = join([from_weight1(Tiled.of(part), None, experts) for part in source.arrays], 1)
+        written, digests = source.run(copy(array))  # settles the CRCs
+        wanted = np.concatenate([w.reshape(experts, rows, columns).swapaxes(1, 2) for w in weights], 1).tobytes()
+        assert written["weight"] == wanted
+        assert digests["weight"] == blake3(wanted).hexdigest()
+
+
+def test_scattered_bytes_are_read_in_order_once_and_none_is_left_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(tmp_path, numbers(40, 60))
+    weight, ledger = copy(from_weight1(Tiled.of(source.arrays[0]), None, 3)), Ledger()
+    run([weight], source.files, lambda *_: None, Checks(), ledger)
+
+    def no_more(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(execute, "pread", no_more)
+    settle(source.files, [weight], ledger)
 
 
 DTYPES = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16]
@@ -273,6 +314,21 @@ def test_memory_stays_within_the_bound_whatever_the_size(tmp_path: Path, monkeyp
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < memory_bound(copies) + 300_000 < 1_500_000
+
+
+def test_memory_of_transposed_experts_does_not_grow_with_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "BUFFER", 1 << 16)
+    monkeypatch.setattr(execute, "PANEL", 1 << 17)
+    monkeypatch.setattr(reading, "BLOCK", 64)
+    source = Source(tmp_path, numbers(1000, 2000))  # two experts of 4 MB
+    weight = copy(from_weight1(Tiled.of(source.arrays[0]), None, 2))
+    tracemalloc.start()
+    run([weight], source.files, lambda *_: None, Checks(), Ledger())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < memory_bound([weight]) + 300_000 < 1_700_000
 
 
 def test_progress_counts_every_byte_of_the_target(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def pack_llama(hf: Weights, prefix: str = "model.") -> Weights:
                 ("self_attn.q_norm", "self_attention.q_layernorm"),
                 ("self_attn.k_norm", "self_attention.k_layernorm"),
                 ("mlp.down_proj", "mlp.linear_fc2"),
-                ("input_layernorm", "input_layernorm"),
-                ("post_attention_layernorm", "pre_mlp_layernorm"),
+                ("input_layernorm", "self_attention.linear_qkv_layernorm"),
+                ("post_attention_layernorm", "mlp.linear_fc1_layernorm"),
             ):
                 if f"{old}{theirs}.{kind}" in hf:
                     ours[f"{new}{mine}.{kind}"] = hf[f"{old}{theirs}.{kind}"]
@@ -76,8 +76,8 @@ def pack_gpt2(hf: Weights) -> Weights:
             ours[f"{new}self_attention.linear_proj.{kind}"] = turned(hf[f"{old}attn.c_proj.{kind}"])
             ours[f"{new}mlp.linear_fc1.{kind}"] = turned(hf[f"{old}mlp.c_fc.{kind}"])
             ours[f"{new}mlp.linear_fc2.{kind}"] = turned(hf[f"{old}mlp.c_proj.{kind}"])
-            ours[f"{new}input_layernorm.{kind}"] = hf[f"{old}ln_1.{kind}"]
-            ours[f"{new}pre_mlp_layernorm.{kind}"] = hf[f"{old}ln_2.{kind}"]
+            ours[f"{new}self_attention.linear_qkv_layernorm.{kind}"] = hf[f"{old}ln_1.{kind}"]
+            ours[f"{new}mlp.linear_fc1_layernorm.{kind}"] = hf[f"{old}ln_2.{kind}"]
     return ours
 
 
@@ -88,8 +88,8 @@ def pack_neox(hf: Weights) -> Weights:
         "attention.dense": "self_attention.linear_proj",
         "mlp.dense_h_to_4h": "mlp.linear_fc1",
         "mlp.dense_4h_to_h": "mlp.linear_fc2",
-        "input_layernorm": "input_layernorm",
-        "post_attention_layernorm": "pre_mlp_layernorm",
+        "input_layernorm": "self_attention.linear_qkv_layernorm",
+        "post_attention_layernorm": "mlp.linear_fc1_layernorm",
     }
     ours = {
         "embedding.word_embeddings.weight": hf["gpt_neox.embed_in.weight"],

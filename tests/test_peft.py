@@ -1,4 +1,7 @@
-"""Promise: LoRA on Megatron's four matrices trains, is saved and reloaded, and merges into a model like any other."""
+"""Promise: LoRA on Megatron's matrices trains, is saved and reloaded, and merges into a model like any other.
+
+Experts are tensors of all of them at once, which peft takes as `target_parameters`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import VARIANTS, tiny, tokens
+from tiny import MIXTURES, VARIANTS, tiny, tiny_hybrid, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import megahf
@@ -22,7 +25,8 @@ BOTH = pytest.mark.parametrize("variant", ["llama", "gpt2"])
 def tuned(base: PreTrainedModel, **options: object) -> peft.PeftModel:
     """LoRA of rank 4 on the four matrices, after 20 steps."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=MATRICES, task_type="CAUSAL_LM", **options)
+    targets = {"target_modules": MATRICES, **options}
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets)
     model = peft.get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW((x for x in model.parameters() if x.requires_grad), lr=1e-2)
     losses = []
@@ -99,3 +103,30 @@ def test_the_embeddings_may_be_trained_whole_beside_the_adapters(tmp_path: Path)
     assert torch.equal(logits(again), logits(model))
     start = tiny(**VARIANTS["llama"]).output_layer.weight
     assert not torch.allclose(model.merge_and_unload().output_layer.weight, start, atol=1e-3)
+
+
+LATENTS = ["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+MIXED: dict[str, tuple[PreTrainedModel, dict[str, list[str]], int]] = {  # and how many matrices get an adapter
+    "experts": (tiny(**MIXTURES["experts"]), {"target_parameters": EXPERTS}, 2 * 4 + 2),
+    "biases": (tiny(**MIXTURES["experts with biases"]), {"target_modules": [], "target_parameters": EXPERTS}, 2 * 2),
+    "latents": (tiny(**VARIANTS["latents"]), {"target_modules": LATENTS}, 2 * 5),
+    "mixers": (tiny_hybrid("mamba"), {"target_modules": ["in_proj", "out_proj"]}, 2 * 2),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_experts_latents_and_mixers_take_adapters_too(kind: str, tmp_path: Path) -> None:
+    base, targets, adapted = MIXED[kind]
+    base.save_pretrained(tmp_path / "base")
+    model = tuned(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), **targets)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 2 * adapted
+    expected, plain = logits(model), logits(base)
+    assert not torch.allclose(expected, plain, atol=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert names(tmp_path / "merged" / "model.safetensors") == names(tmp_path / "base" / "model.safetensors")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))

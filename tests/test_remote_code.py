@@ -41,7 +41,8 @@ import torch, transformers
 src, auto, dst = sys.argv[1:]
 config = transformers.AutoConfig.from_pretrained(src, trust_remote_code=True)
 model, info = getattr(transformers, auto).from_pretrained(src, trust_remote_code=True, output_loading_info=True)
-assert type(config).__name__ == "McoreGPTConfig" and type(model).__module__.startswith("transformers_modules")
+assert type(model).auto_map["AutoConfig"].endswith("." + type(config).__name__), type(config)
+assert type(model).__module__.startswith("transformers_modules")
 assert not [name for name in sys.modules if name.split(".")[0] == "megahf"]
 try:
     type(model).from_megatron("nowhere")
@@ -135,7 +136,7 @@ def test_biases_of_norms_travel_too(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         bias = file.get_tensor("decoder.layers.1.mlp.linear_fc1.layer_norm_bias")
-    assert torch.equal(bias, model.model.decoder.layers[1].pre_mlp_layernorm.bias)
+    assert torch.equal(bias, model.model.decoder.layers[1].mlp.linear_fc1_layernorm.bias)
 
 
 def test_auto_map_names_every_class_whichever_was_saved(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megahf import dtypes
 from megahf.checkpoint.mapped import Files
 from megahf.checkpoint.safetensors import INDEX, index, parse_size, shard, shards, stored
 from megahf.errors import Refused
-from megahf.execute import pread
+from megahf.reading import pread
 
 KINDS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 KINDS += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megahf.tiles import Tile, Tiled, join, stack
+from megahf.tiles import Tile, Tiled, join, stack, unstack
 
 Case = tuple[Tiled, np.ndarray]
 
@@ -106,6 +106,15 @@ def test_take_is_an_index_of_the_first_axis(case: Case, data: st.DataObject) -> 
     tiled, array = case
     index = data.draw(st.integers(0, array.shape[0] - 1))
     assert_equals(tiled.take(index), array[index])
+
+
+@given(cases())
+def test_unstack_is_take_of_every_place(case: Case) -> None:
+    tiled, array = case
+    parts = unstack(tiled)
+    assert len(parts) == array.shape[0]
+    for part, wanted in zip(parts, array, strict=True):
+        assert_equals(part, wanted)
 
 
 @given(cases(), st.data())

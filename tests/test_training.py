@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_model_vs_transformers import HF_LLAMA, pack_llama
-from tiny import LLAMA, VARIANTS, randomise, tiny, tokens
+from tiny import LLAMA, MIXTURES, VARIANTS, randomise, tiny, tiny_hybrid, tokens
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -78,14 +78,31 @@ def test_trainer_fine_tunes_a_saved_folder(mixed: bool, tmp_path: Path) -> None:
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_a_run_that_stops_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+RESUMED = {"llama": LLAMA, "experts": MIXTURES["experts"], "latents and experts": MIXTURES["latents and experts"]}
+
+
+@pytest.mark.parametrize("variant", RESUMED)
+def test_a_run_that_stops_goes_on_as_if_it_had_not(variant: str, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 1}
-    whole = trainer(tiny(**LLAMA), rows([12] * 8), tmp_path, **options)
+    whole = trainer(tiny(**RESUMED[variant]), rows([12] * 8), tmp_path, **options)
     whole.train()
-    resumed = trainer(tiny(**LLAMA), rows([12] * 8), tmp_path, **options)
+    resumed = trainer(tiny(**RESUMED[variant]), rows([12] * 8), tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_trainer_balances_experts(tmp_path: Path) -> None:
+    options = {**MIXTURES["experts"], "moe_layer_freq": 1, "moe_router_load_balancing_type": "aux_loss"}
+    auxiliary = []
+    for coefficient in (0.0, 1.0):
+        model = tiny(**{**options, "moe_aux_loss_coeff": coefficient, "moe_z_loss_coeff": None})
+        trainer(model, rows([12] * 8), tmp_path, max_steps=8).train()
+        for layer in model.model.decoder.layers:  # a measure of balance for both
+            layer.mlp.router.coefficients = {"aux_loss": 1.0}
+        ids = tokens(8, 12)
+        auxiliary.append(model.train()(ids, labels=ids).aux_loss.item())
+    assert auxiliary[1] < auxiliary[0] - 0.01, auxiliary  # 2 layers of experts: 2 is perfect balance
 
 
 def test_accumulated_batches_of_unequal_length_train_as_one_batch(tmp_path: Path) -> None:
@@ -123,18 +140,27 @@ def test_gradients_equal_those_of_llama() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+CHECKPOINTED = {
+    **{name: VARIANTS[name] for name in ("gpt2", "llama", "window and sinks", "gate and norms")},
+    **MIXTURES,
+}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["gpt2", "llama", "window and sinks", "gate and norms"])
+@pytest.mark.parametrize("variant", [*CHECKPOINTED, "hybrid"])
 def test_gradients_are_the_same_with_checkpointing_and_padding(variant: str, reentrant: bool) -> None:
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
-    gradients = []
+    losses, gradients = [], []
     for checkpointing in (False, True):
-        model = tiny(**VARIANTS[variant]).train()
+        model = (tiny_hybrid("everything") if variant == "hybrid" else tiny(**CHECKPOINTED[variant])).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert losses[0] == losses[1]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
 

@@ -51,12 +51,12 @@ class RankFile:
         if sorted(self.chunks) != list(range(len(self.chunks))) or (not self.virtual and "model0" in content):
             raise refuse(f"the file holds the model chunks {sorted(self.chunks)}", self.where, DAMAGED)
 
-    def size(self, name: str) -> int:
-        """A parallel size from the arguments: 1 where an old file has none."""
+    def size(self, name: str, default: int = 1) -> int:
+        """A parallel size from the arguments: the default where an old file has none."""
         value = self.args.get(name)
         if value is not None and type(value) is not int:
             raise refuse(f"args.{name} is {value!r:.40}", self.where, DAMAGED)
-        return value or 1
+        return value or default
 
 
 def open_legacy(directory: Path, files: Files) -> Checkpoint:
@@ -105,6 +105,8 @@ def placed_ranks(files: list[RankFile]) -> dict[Rank, RankFile]:
     """
     first = files[0]
     tensor, pipeline, expert = (first.size(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline", "expert"))
+    shards = first.size("expert_tensor_parallel_size", tensor) if first.args.get("num_experts") else 1
+    refuse_unnamed(first, tensor, shards, expert)
     meant = f"tensor x pipeline x expert = {tensor} x {pipeline} x {expert}"
     placed: dict[Rank, RankFile] = {}
     problems = Problems()
@@ -126,7 +128,7 @@ def placed_ranks(files: list[RankFile]) -> dict[Rank, RankFile]:
         placed[rank] = file
     for what, where in strangers(placed, tensor):
         problems.add(what, where, "put every file back into the directory of its rank")
-    for lacking in missing_ranks(set(placed), tensor, pipeline, expert):
+    for lacking in missing_ranks(set(placed), Rank(tensor, pipeline, expert), shards):
         problems.add(f"ranks are missing: the args say {meant}", lacking, MISSING)
     problems.raise_if_any()
     return placed
@@ -143,14 +145,33 @@ def strangers(placed: Mapping[Rank, RankFile], tensor: int) -> Iterator[tuple[st
             yield f"rank {number} of the run wrote this file: {its}", file.where
 
 
-def missing_ranks(there: set[Rank], tensor: int, pipeline: int, expert: int) -> Iterator[str]:
-    """Of each stage Megatron writes every tensor rank and every expert rank, but not always every pair of them."""
+def refuse_unnamed(file: RankFile, tensor: int, shards: int, expert: int) -> None:
+    """Refuses cuts of experts that a file's name does not settle: it has no expert-tensor rank."""
+    if tensor % shards:
+        what = f"experts cut over {shards} ranks do not fit files of {tensor} tensor ranks: ranks wrote over each other"
+        raise refuse(what, file.where, "save it with --ckpt-format torch_dist")
+    if file.args.get("moe_extended_tp") and expert > 1:
+        raise refuse("--moe-extended-tp cuts experts another way", file.where, "save it with --ckpt-format torch_dist")
+
+
+def missing_ranks(there: set[Rank], sizes: Rank, shards: int) -> Iterator[str]:
+    """Of each stage Megatron writes every tensor rank and every shard of every expert rank, but not every pair.
+
+    Args:
+        sizes: how many ranks of each kind there are.
+        shards: ranks that share an expert's matrices; they are the tensor ranks counted modulo this.
+    """
     dense = {(rank.tensor, rank.pipeline) for rank in there}
-    experts = {(rank.pipeline, rank.expert) for rank in there}
-    for stage in range(pipeline):
-        staged = f", pipeline rank {stage}" if pipeline > 1 else ""
-        yield from (f"tensor rank {t}{staged}" for t in range(tensor) if (t, stage) not in dense)
-        yield from (f"expert rank {e}{staged}" for e in range(expert) if (stage, e) not in experts)
+    experts = {(rank.tensor % shards, rank.pipeline, rank.expert) for rank in there}
+    for stage in range(sizes.pipeline):
+        staged = f", pipeline rank {stage}" if sizes.pipeline > 1 else ""
+        yield from (f"tensor rank {t}{staged}" for t in range(sizes.tensor) if (t, stage) not in dense)
+        for e in range(sizes.expert if sizes.expert > 1 else 0):
+            lacking = [t for t in range(shards) if (t, stage, e) not in experts]
+            if len(lacking) == shards:
+                yield f"expert rank {e}{staged}"
+            else:
+                yield from (f"expert rank {e}, tensor rank {t}{staged}" for t in lacking)
 
 
 def compare(first: RankFile, other: RankFile, problems: Problems) -> None:

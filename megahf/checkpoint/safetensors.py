@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -128,11 +128,11 @@ def rank(dtype: np.dtype) -> int:
     return ORDER.index(dtypes.SAFETENSORS_NAME[dtype])
 
 
-def index(shards: Sequence[Shard[W]]) -> bytes:
-    """`model.safetensors.index.json`."""
+def index(shards: Sequence[Shard[W]], buffers: Collection[str] = ()) -> bytes:
+    """`model.safetensors.index.json`; weights named in `buffers` are no parameters."""
     weights = [weight for shard in shards for weight in shard.weights]
     metadata = {
-        "total_parameters": sum(math.prod(weight.shape) for weight in weights),
+        "total_parameters": sum(math.prod(weight.shape) for weight in weights if weight.name not in buffers),
         "total_size": sum(weight.nbytes for weight in weights),
     }
     places = {weight.name: shard.file for shard in shards for weight in shard.weights}

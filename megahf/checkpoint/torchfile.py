@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from megahf.checkpoint.inert import Storage, entries_of
 from megahf.checkpoint.mapped import Entry, MappedFile
 from megahf.checkpoint.opcodes import DAMAGED, HOSTILE, MAX_PICKLE, Global, Machine, Persistent, malformed_is_refused
 from megahf.dtypes import BY_STORAGE
-from megahf.errors import refuse
+from megahf.errors import Refused, refuse
 
 END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\x05\x06"
 END64, END64_SIGNATURE = struct.Struct("<4sQ2H2L4Q"), b"PK\x06\x06"
@@ -21,6 +22,7 @@ LOCATOR, LOCATOR_SIGNATURE = struct.Struct("<4sLQL"), b"PK\x06\x07"
 CENTRAL, CENTRAL_SIGNATURE = struct.Struct("<4s6H3L5H2L"), b"PK\x01\x02"
 LOCAL, LOCAL_SIGNATURE = struct.Struct("<4s5H3L2H"), b"PK\x03\x04"
 ZIP64_FIELD, FULL = 1, 0xFFFFFFFF  # a 32-bit field that is full has its value in the extra field of this number
+SMALL = 4096  # bytes of a pickle of one tensor, and room to spare
 STREAM_MAGIC, STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
@@ -166,8 +168,7 @@ def read_zip(file: MappedFile, where: str, start: int, size: int) -> TorchFile:
     order = archive.read(prefix + "byteorder") if prefix + "byteorder" in archive.members else b"little"
     if order != b"little":
         raise refuse(f"the byte order is {order[:20]!r}", where, "save it on a little-endian machine")
-    data = archive.read(pickles[0])
-    root = Machine(data, 0, len(data), where).run()
+    root = records(archive.read(pickles[0]), where)
     found: dict[str, Storage] = {}
 
     def storage(reference: Persistent) -> Storage:
@@ -184,6 +185,21 @@ def read_zip(file: MappedFile, where: str, start: int, size: int) -> TorchFile:
         return located
 
     return TorchFile(file, where, root, storage)
+
+
+def records(data: bytes, where: str) -> object:
+    """The records of a pickle. Tensors of one shape and type have the same one: of small ones each is run once."""
+    if len(data) <= SMALL:
+        try:
+            return small(data)
+        except Refused:
+            pass  # again, to say where
+    return Machine(data, 0, len(data), where).run()
+
+
+@lru_cache(maxsize=256)
+def small(data: bytes) -> object:
+    return Machine(data, 0, len(data), "").run()
 
 
 def storage_reference(reference: Persistent, where: str) -> tuple[str, np.dtype | None, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megahf.errors import refuse
+from megahf.judge.namespace import data_parallel_size
 from megahf.judge.pool import Pool
 
 # What a layout says, and what the one process of a reference has instead.
@@ -26,6 +27,8 @@ LAYOUT: dict[str, Any] = {
     "account_for_loss_in_pipeline_split": False,
     "pipeline_model_parallel_layout": None,
     "data_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
 }
 
 
@@ -96,14 +99,24 @@ class Bench:
         """
         if out.exists():
             raise refuse("the target exists already", out, "choose a new folder")
-        # local and TE models of the same mathematics share the local one's reference; zero-centred gamma is TE's alone
-        same = {} if arguments.get("layernorm_zero_centered_gamma") else {"transformer_impl": "local"}
-        source = self.reference({**arguments, **same}, **reference)
+        source = self.reference({**arguments, **common(arguments)}, **reference)
         differences = self.pool.run(
             "save", world(arguments), arguments=dict(arguments), source=source, out=out, format=format,
             extra_state=extra_state,
         )  # fmt: skip
         return max(difference for difference in differences if difference is not None)
+
+    def step(self, arguments: Mapping[str, Any]) -> Path:
+        """A file with what the `reference.pt` of `arguments` says, and `losses` and `gradients` of one training step.
+
+        In fp32 on one process, on the tokens of the reference; both are dicts, the gradients' of TP1 names.
+        """
+        single = {**arguments, **LAYOUT}
+        source = self.reference({**single, **common(arguments)})
+        out = source / f"step_{arguments['transformer_impl']}.pt"
+        if not out.exists():
+            self.pool.run("step", 1, arguments=single, source=source, out=out)
+        return out
 
     def save_weights(
         self, arguments: Mapping[str, Any], state_dict: Path, out: Path, format: str = "torch_dist"
@@ -125,10 +138,17 @@ class Bench:
         return next(answer for answer in answers if answer is not None)
 
 
+def common(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What models of the same mathematics have in their one reference: the local spec, experts one by one.
+
+    Zero-centred gamma is TE's alone.
+    """
+    alone = arguments.get("layernorm_zero_centered_gamma")
+    return {"moe_grouped_gemm": False, "transformer_impl": "transformer_engine" if alone else "local"}
+
+
 def world(arguments: Mapping[str, Any]) -> int:
     """Processes that the layout in `arguments` takes."""
     layout = {**LAYOUT, **arguments}
-    sizes: list[int] = [
-        layout[name] for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
-    ]
-    return sizes[0] * sizes[1] * sizes[2]
+    tensor, pipeline = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
+    return int(tensor * pipeline * data_parallel_size(layout))

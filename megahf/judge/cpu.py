@@ -1,13 +1,15 @@
 """What must change around megatron-core 0.16.1 so that it runs on CPUs under gloo.
 
-Only torch.cuda and three functions of Megatron's that name a device are replaced; its mathematics, its sharding and its
-checkpointing stay its own. `patch()` must run before anything imports `megatron`.
+Only torch.cuda, four functions of Megatron's that name a device, and what two of its classes refuse without a GPU are
+replaced; its mathematics, its sharding and its checkpointing stay its own. `patch()` must run before anything imports
+`megatron`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -34,7 +36,7 @@ class NoStream:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: self  # an event recorded on a stream is waited for
 
     def __enter__(self) -> NoStream:
         return self
@@ -47,10 +49,15 @@ def patch() -> None:
     """Makes this process one that megatron-core can be imported and run in."""
     os.environ.update(ENVIRONMENT)
     patch_torch()
-    from megahf.judge import transformer_engine
+    from megahf.judge import grouped_gemm, mamba_ssm, transformer_engine
 
     transformer_engine.install()
+    grouped_gemm.install()
+    mamba_ssm.install()
     patch_megatron()
+    patch_experts()
+    patch_latent_attention()
+    grouped_gemm.allow_fp32()
 
 
 def nothing() -> Callable[..., None]:
@@ -110,16 +117,45 @@ def patch_megatron() -> None:
         holder.get_sliding_window_causal_mask = window
 
 
-def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None) -> None:
-    """Lays the process group out as `tensor` x `pipeline` ranks, `virtual` model chunks each; the rest is data."""
+def patch_experts() -> None:
+    """Sizes for all-to-all become numpy arrays, but only those that come from a GPU; gloo needs them as well."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_cpu(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return value.numpy() if hasattr(value, "numpy") and as_numpy else value
+
+    holder: Any = token_dispatcher
+    holder.maybe_move_tensor_to_cpu = to_cpu
+
+
+def patch_latent_attention() -> None:
+    """Multi-latent attention gives its core the width of keys and of values; that of the local spec takes neither."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    make = DotProductAttention.__init__
+
+    def init(self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **more: Any) -> None:
+        make(self, *args, **more)
+        if v_channels is not None:
+            heads = self.config.num_attention_heads
+            self.hidden_size_per_partition = v_channels * heads // self.tp_group.size()
+
+    holder: Any = DotProductAttention
+    holder.__init__ = init
+
+
+def start(args: Namespace) -> None:
+    """Lays the process group out as `args` say: tensor, pipeline and expert ranks; the rest is data."""
     import torch
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         create_gloo_process_groups=False,  # every group is a gloo group here
     )
     torch.manual_seed(1234)

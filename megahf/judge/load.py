@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,8 +19,20 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
+# The names that layer specs do not share, in the distributed checkpoint that all of them load: TE's and the common one.
+# (The local spec itself has TE's name for the norm before the MLP, unless attention is latent.)
+SHARED = (
+    (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
+    (".mixer.in_proj.layer_norm_", ".norm."),
+    (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
+    (".self_attention.linear_q_up_proj.layer_norm_", ".self_attention.q_layernorm."),
+    (".self_attention.linear_kv_up_proj.layer_norm_", ".self_attention.kv_layernorm."),
+)
+EXTRA_STATE = re.compile(r".*\._extra_state\d*")  # one an expert in a grouped linear
+
+
 def sharded(models: list[GPTModel], content: dict[str, Any]) -> dict[str, Any]:
-    """The sharded tensors of the models; extra states left out, as local and TE models differ in them alone.
+    """The sharded tensors of the models, without the extra states that only TE modules have.
 
     Args:
         content: the checkpoint's `content_metadata`, which says how its keys are made.
@@ -28,7 +41,7 @@ def sharded(models: list[GPTModel], content: dict[str, Any]) -> dict[str, Any]:
         name: {
             key: value
             for key, value in model.sharded_state_dict(metadata=metadata() | content).items()
-            if not key.endswith("_extra_state")
+            if not EXTRA_STATE.fullmatch(key)
         }
         for name, model in zip(names(models), models, strict=True)
     }
@@ -41,7 +54,26 @@ def save_weights(models: list[GPTModel], folder: Path) -> None:
     if distributed.get_rank() == 0:
         folder.mkdir()
     distributed.barrier()
-    dist_checkpointing.save(sharded(models, {}), str(folder))
+    dist_checkpointing.save(shared(models), str(folder))
+
+
+def load_weights(models: list[GPTModel], folder: Path) -> None:
+    """What `save_weights` saved, into models of any layout, layer spec and way to hold experts."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(shared(models), str(folder))
+    for name, model in zip(names(models), models, strict=True):
+        put(model, loaded.get(name, {}))  # nothing of a stage without layers
+
+
+def shared(models: list[GPTModel]) -> dict[str, Any]:
+    """`sharded` under names that all layer specs have in common."""
+    state = sharded(models, {})
+    for tensors in state.values():
+        for tensor in tensors.values():
+            for theirs, common in SHARED:
+                tensor.key = tensor.key.replace(theirs, common)
+    return state
 
 
 def load_dist(args: Namespace, models: list[GPTModel], folder: Path) -> None:
@@ -53,7 +85,7 @@ def load_dist(args: Namespace, models: list[GPTModel], folder: Path) -> None:
         content = load_content_metadata(str(place)) or {}
         loaded = dist_checkpointing.load(sharded(models, content), str(place))
     for name, model in zip(names(models), models, strict=True):
-        put(model, loaded[name])
+        put(model, loaded.get(name, {}))
 
 
 @contextmanager
@@ -93,7 +125,7 @@ def load_torch(args: Namespace, models: list[GPTModel], folder: Path) -> None:
 def put(model: GPTModel, state: dict[str, Any]) -> None:
     """`load_state_dict` that minds everything but what is no weight."""
     missing, unexpected = model.load_state_dict(state, strict=False)
-    wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
+    wrong = [key for key in (*missing, *unexpected) if not EXTRA_STATE.fullmatch(key)]
     if wrong:
         raise KeyError(f"missing or unexpected: {wrong}")
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahf.errors import refuse
+from megahf.judge import hybrid
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -54,9 +54,10 @@ def config(args: Namespace) -> TransformerConfig:
     """`core_transformer_config_from_args` for the fields that this Megatron-core has."""
     from megatron.core.activations import squared_relu
     from megatron.core.fusions.fused_bias_geglu import quick_gelu
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    made_of = MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+    fields = {field.name for field in dataclasses.fields(made_of)}
     given = {name: value for name, value in vars(args).items() if name in fields}
     given |= {
         "deallocate_pipeline_outputs": True,
@@ -74,8 +75,10 @@ def config(args: Namespace) -> TransformerConfig:
         given["activation_func"] = squared_relu
     elif args.quick_geglu:
         given |= {"activation_func": quick_gelu, "gated_linear_unit": True}
-    made = TransformerConfig(**(given | ON_CPU))
-    if args.position_embedding_type == "yarn":
+    if args.rope_type is None:
+        given.pop("rope_type", None)  # the config's own default, which is YaRN, holds
+    made = made_of(**(given | ON_CPU | hybrid.layout(args)))
+    if args.position_embedding_type == "yarn" and not args.multi_latent_attention:
         for name, argument, default in YARN:
             value = getattr(args, argument)
             setattr(made, name, default if value is None else value)
@@ -100,9 +103,11 @@ def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, sta
     """`gpt_builder` with `gpt_config_from_args` of Megatron's main."""
     from megatron.core.models.gpt import GPTModel
 
+    if hybrid.is_hybrid(args):
+        return hybrid.chunk(args, made, first, last, stage)
     return GPTModel(
         config=made,
-        transformer_layer_spec=layer_spec(args, made),
+        transformer_layer_spec=layer_spec(args, made, stage),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=first,
@@ -114,41 +119,59 @@ def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, sta
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=mtp_spec(args, made, stage),
         vp_stage=stage,
     )
 
 
-def layer_spec(args: Namespace, made: TransformerConfig) -> Any:
-    """Megatron's own spec, and the final norm that goes with it."""
+def layer_spec(args: Namespace, made: TransformerConfig, stage: int | None) -> Any:
+    """Megatron's own spec of a layer, or of this chunk's layers where some have experts; and the final norm with it."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    if args.num_experts or args.multi_latent_attention:
-        raise refuse("the judge builds dense models with plain attention only", "", "leave it out for this checkpoint")
     block: Any = transformer_block
-    if args.transformer_impl == "transformer_engine":
-        block.LayerNormImpl = TENorm
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=made.qk_layernorm, qk_l2_norm=made.qk_l2_norm
+    engine = args.transformer_impl == "transformer_engine"
+    block.LayerNormImpl = TENorm if engine else WrappedTorchNorm  # local: as where Transformer Engine is not installed
+    if args.num_experts:
+        return gpt_layer_specs.get_gpt_decoder_block_spec(
+            made, engine, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm, vp_stage=stage
         )
-    block.LayerNormImpl = WrappedTorchNorm  # as where Transformer Engine is not installed: nothing of ours in the model
-    return gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=made.qk_layernorm, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm
-    )
+    options = {
+        "qk_layernorm": made.qk_layernorm,
+        "qk_l2_norm": made.qk_l2_norm,
+        "multi_latent_attention": made.multi_latent_attention,
+    }
+    if engine:
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=args.normalization, **options)
+
+
+def mtp_spec(args: Namespace, made: TransformerConfig, stage: int | None) -> Any:
+    """The heads for further tokens, of the kind of the last layer; None in chunks that have none."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if args.mtp_num_layers is None:
+        return None
+    engine = args.transformer_impl == "transformer_engine"
+    layers: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(made, engine, args.normalization, args.qk_l2_norm)
+    return gpt_layer_specs.get_gpt_mtp_block_spec(made, layers[-1], engine, vp_stage=stage)
 
 
 @torch.no_grad()
-def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-    """Pipelined forward of `[b, s]` tokens: fp32 logits `[b, s, padded vocabulary]`; None but on the last stage."""
+def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor) -> Tensor | None:
+    """Pipelined forward of `[b, s]` tokens: fp32 logits `[1 + heads, b, s, padded vocabulary]`, the next token's first.
+
+    None but on the last stage. Heads are those for further tokens (MTP).
+    """
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
     stages = args.pipeline_model_parallel_size
     rank = parallel_state.get_pipeline_model_parallel_rank()
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
+    position_ids = positions(input_ids)
     hidden = torch.empty(input_ids.shape[1], input_ids.shape[0], args.hidden_size)  # [s, b, h]
     for step in range(stages * len(models)):
         turn, stage = divmod(step, stages)
@@ -156,10 +179,30 @@ def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor, position_
         if stage == rank:
             model = models[turn]
             model.set_input_tensor(None if step == 0 else hidden)
-            output = model(input_ids, position_ids, None)
             if last:
-                return gather_from_tensor_model_parallel_region(output)
-            hidden = output.contiguous()
+                return heads(model, input_ids, position_ids)
+            hidden = model(input_ids, position_ids, None).contiguous()
         if stages > 1 and not last:
             torch.distributed.broadcast(hidden, ranks[stage], group=group)
     return None
+
+
+def positions(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[1]).expand_as(input_ids).contiguous()
+
+
+def heads(model: GPTModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """What the output layer gives: `[1 + heads, b, s, padded vocabulary]`, the next token's first.
+
+    0.16.1 does not run a model with MTP without labels; with labels it returns losses alone, so the output layer is
+    listened to. Labels change nothing before it, and after it the loss is computed in place. It sees the heads in
+    order, then the decoder.
+    """
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+    heard: list[Tensor] = []
+    hook = model.output_layer.register_forward_hook(lambda layer, inputs, output: heard.append(output[0].clone()))
+    model(input_ids, position_ids, None, labels=input_ids if model.config.mtp_num_layers else None)
+    hook.remove()
+    together = torch.stack([heard[-1], *heard[:-1]]).transpose(1, 2)  # [1 + heads, b, s, vocabulary / T]
+    return gather_from_tensor_model_parallel_region(together)

@@ -11,6 +11,7 @@ from importlib import import_module, resources
 from typing import Any
 
 from megahf.errors import refuse
+from megahf.judge import hybrid
 
 RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 
@@ -32,19 +33,20 @@ def namespace(arguments: Mapping[str, Any]) -> Namespace:
     Raises:
         Refused: a name that no Megatron argument has.
     """
-    unknown = sorted(set(arguments) - set(defaults()))
+    unknown = sorted(set(arguments) - set(defaults()) - set(hybrid.BEFORE))
     if unknown:
         raise refuse(f"not an argument of Megatron's: {', '.join(unknown)}", "", "see megahf/arguments.json")
     args = Namespace(**{name: decoded(value) for name, value in {**defaults(), **arguments}.items()})
     derive_sizes(args)
     derive_run(args)
+    hybrid.derive(args)
     return args
 
 
 def recovered(stored: Mapping[str, Any]) -> dict[str, Any]:
     """What `namespace` takes of a stored Namespace: names of older Megatrons as they are now, foreign ones left out."""
     renamed = {RENAMED.get(name, name): value for name, value in stored.items()}
-    return {name: value for name, value in renamed.items() if name in defaults()}
+    return {name: value for name, value in renamed.items() if name in defaults() or name in hybrid.BEFORE}
 
 
 def decoded(value: object) -> object:
@@ -67,6 +69,9 @@ def derive_sizes(args: Namespace) -> None:
     if args.padded_vocab_size is None:
         step = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = math.ceil(args.vocab_size / step) * step
+    args.num_experts = args.num_experts or None
+    if args.num_experts and args.moe_ffn_hidden_size is None:
+        args.moe_ffn_hidden_size = args.ffn_hidden_size
     args.encoder_num_layers, args.encoder_seq_length = args.num_layers, args.seq_length
 
 
@@ -84,11 +89,25 @@ def derive_run(args: Namespace) -> None:
         args.virtual_pipeline_model_parallel_size = args.num_virtual_stages_per_pipeline_rank
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or tensor
-    args.tensor_parallel_num_weight_shards = args.expert_tensor_parallel_num_weight_shards = tensor
+    args.sequence_parallel = args.sequence_parallel or (bool(args.num_experts) and tensor > 1)  # asked for in training
+    args.tensor_parallel_num_weight_shards = tensor
+    args.expert_tensor_parallel_num_weight_shards = args.expert_tensor_parallel_size
     args.transformer_pipeline_model_parallel_size = pipeline
+    args.data_parallel_size = data_parallel_size(vars(args))
     args.world_size = tensor * pipeline * args.data_parallel_size
     args.micro_batch_size = args.micro_batch_size or 1
     args.global_batch_size = args.global_batch_size or args.micro_batch_size * args.data_parallel_size
+
+
+def data_parallel_size(arguments: Mapping[str, Any]) -> int:
+    """The smallest number of data-parallel ranks, from that in `arguments` on, that the experts' groups fit into.
+
+    In each stage, tensor x data ranks are also expert tensor x expert x (a rest of) data ranks.
+    """
+    tensor = arguments["tensor_model_parallel_size"]
+    experts = arguments["expert_model_parallel_size"] * (arguments["expert_tensor_parallel_size"] or tensor)
+    step = math.lcm(tensor, experts) // tensor
+    return math.ceil(arguments["data_parallel_size"] / step) * step
 
 
 def plain(args: Namespace) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import distributed
 
+from megahf.judge import hybrid
+
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
@@ -80,21 +82,37 @@ def checkpoint_file(args: Namespace, target: Path) -> Path:
     folder = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
     if args.pipeline_model_parallel_size > 1:
         folder += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if args.expert_model_parallel_size > 1:
+        folder += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
     return target / folder / "model_optim_rng.pt"
 
 
-def save_torch(args: Namespace, models: list[GPTModel], target: Path) -> None:
-    """`save_checkpoint` of the trainer: a file a tensor and pipeline rank, written by the first data-parallel rank."""
+def save_torch(
+    args: Namespace,
+    models: list[GPTModel],
+    target: Path,
+    renamed: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state,
+) -> None:
+    """`save_checkpoint` of the trainer: a file a tensor, pipeline and expert rank, as far as there are such ranks.
+
+    Written by the first rank of each data-parallel group and of each group of the experts' data parallelism.
+    """
     from megatron.core import parallel_state
 
-    if parallel_state.get_data_parallel_rank() != 0:
+    if parallel_state.get_data_parallel_rank() != 0 and parallel_state.get_expert_data_parallel_rank() != 0:
         return
     state = common(args)
-    state |= {name: local_state(model) for name, model in zip(names(models), models, strict=True)}
+    state |= {name: renamed(local_state(model)) for name, model in zip(names(models), models, strict=True)}
     state["rng_state"] = [rng_state()]
     file = checkpoint_file(args, target)
     file.parent.mkdir()
     torch.save(state, file)
+
+
+def save_torch_as_main(args: Namespace, models: list[GPTModel], target: Path) -> None:
+    """`torch` as Megatron's main has it of hybrids: args and two of the names differ."""
+    hybrid.as_main(args)
+    save_torch(args, models, target, hybrid.as_main_names)
 
 
 def metadata() -> dict[str, Any]:
@@ -146,6 +164,7 @@ def save_dist_as_main(args: Namespace, models: list[GPTModel], target: Path) -> 
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
+    hybrid.as_main(args)
     content = content_metadata()
     state = sharded_state(args, models, content) | {"content_metadata": content}
     sharded, rest = save_preprocess(state, True)
@@ -166,6 +185,7 @@ def save_dcp(args: Namespace, models: list[GPTModel], target: Path) -> None:
 
 FORMATS: dict[str, Callable[[Namespace, list[GPTModel], Path], None]] = {
     "torch": save_torch,
+    "torch:main": save_torch_as_main,
     "torch_dist": save_dist(),
     "torch_dist:layers": save_dist(non_homogeneous_layers=True),
     "torch_dist:singleton": save_dist(singleton_local_shards=True),

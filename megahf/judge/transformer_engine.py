@@ -1,7 +1,7 @@
 """A stand-in for the package `transformer_engine`, so that Megatron's real TE classes and layer specs run on a CPU.
 
-Megatron's wrappers (`TELayerNormColumnParallelLinear` and its kin) subclass five classes of Transformer Engine; here
-are those five in plain torch, for what a dense GPT asks of them. So names, shapes and sharding in the files come from
+Megatron's wrappers (`TELayerNormColumnParallelLinear` and its kin) subclass six classes of Transformer Engine; here
+are those six in plain torch, for what a GPT asks of them. So names, shapes and sharding in the files come from
 Megatron's own code. That the stand-ins compute the right thing is checked where it can be: models of the local spec,
 which have none of this in them, must give the same logits.
 """
@@ -78,6 +78,53 @@ class Linear(Module):
         return y if self.bias is None else y + self.bias
 
 
+class GroupedLinear(Module):
+    """`num_gemms` Linears side by side, `weight0`, `weight1` ...; each takes its share of the rows, in that order.
+
+    How experts are cut over ranks is not TE's: Megatron gives the sizes of this rank.
+    """
+
+    fp8 = fp8_calibration = False
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        *,
+        tp_size: int = 1,
+        init_method: Callable[[Tensor], object] | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if tp_size != 1:
+            raise ValueError("the stand-in for Transformer Engine has no grouped linear that communicates")
+        self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
+        self.fp8_meta = {"fp8_checkpoint": False}
+        for expert in range(num_gemms):
+            weight = Parameter(torch.empty(out_features, in_features, dtype=params_dtype))
+            self.register_parameter(f"weight{expert}", weight)
+            if init_method is not None:
+                init_method(weight)
+            if bias:
+                self.register_parameter(f"bias{expert}", Parameter(torch.zeros(out_features, dtype=params_dtype)))
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """There is none."""
+
+    def forward(
+        self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None
+    ) -> Tensor | tuple[Tensor, list[Parameter]]:
+        weights = [self.get_parameter(f"weight{expert}") for expert in range(self.num_gemms)]
+        biases = [self.get_parameter(f"bias{expert}") for expert in range(self.num_gemms)] if self.use_bias else []
+        added = [None] * self.num_gemms if self.return_bias or not biases else biases
+        y = torch.cat([F.linear(*group) for group in zip(x.split(m_splits), weights, added, strict=True)])
+        return (y, biases) if self.return_bias else y
+
+
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, zero_centered: bool) -> Tensor:
     """LayerNorm where there is a bias, else RMSNorm; `1 + weight` where gamma is zero-centred."""
     weight = weight + 1 if zero_centered else weight
@@ -148,7 +195,7 @@ class DotProductAttention(Module):
     def __init__(
         self,
         num_attention_heads: int,
-        kv_channels: int,
+        kv_channels: int | tuple[int, int],
         *,
         tp_size: int = 1,
         softmax_scale: float | None = None,
@@ -157,7 +204,8 @@ class DotProductAttention(Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.scale = kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        keys = kv_channels if isinstance(kv_channels, int) else kv_channels[0]  # (keys, values) of latent attention
+        self.scale = keys**-0.5 if softmax_scale is None else softmax_scale
         self.window = (-1, 0) if window_size is None else tuple(window_size)
         offset = None if softmax_type == "vanilla" else torch.zeros(num_attention_heads // tp_size)  # off-by-one: 0
         self.softmax_offset = Parameter(offset) if offset is not None and softmax_type == "learnable" else offset
@@ -185,7 +233,7 @@ class DotProductAttention(Module):
 
 
 class Anything(ModuleType):
-    """A module whose every name is an empty class: for what Megatron imports and a dense GPT never uses."""
+    """A module whose every name is an empty class: for what Megatron imports and a GPT never uses."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -210,12 +258,13 @@ def fp8_autocast(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 def install() -> None:
     """Puts the stand-in where `import transformer_engine` finds it."""
-    layers = {cls.__name__: cls for cls in (Linear, LayerNormLinear, LayerNorm, RMSNorm, DotProductAttention)}
+    classes = (Linear, GroupedLinear, LayerNormLinear, LayerNorm, RMSNorm, DotProductAttention)
+    layers = {cls.__name__: cls for cls in classes}
     contents: dict[str, dict[str, Any]] = {
         "transformer_engine": {"__version__": VERSION},
         "transformer_engine.common": {},
         "transformer_engine.common.recipe": {},
-        "transformer_engine.pytorch": {**layers, "GroupedLinear": Module},
+        "transformer_engine.pytorch": layers,
         "transformer_engine.pytorch.fp8": {
             "FP8GlobalStateManager": FP8GlobalStateManager,
             "fp8_autocast": fp8_autocast,

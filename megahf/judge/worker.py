@@ -23,6 +23,7 @@ IMPORTED = (
     "torch.distributed.checkpoint",
     "megatron.core.dist_checkpointing",
     "megatron.core.models.gpt",
+    "megatron.core.models.mamba",
     "megahf.judge.tasks",
 )
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layout import Layout, attend
 from .mlp import ResidualLinear
-from .norm import build_qk_norm
+from .norm import build_norm, build_qk_norm
 from .rope import rotate
 
 if TYPE_CHECKING:
@@ -41,26 +41,70 @@ class CoreAttention(nn.Module):
         return getattr(self.softmax_offset, "to_local", lambda: self.softmax_offset)()
 
 
-class SelfAttention(nn.Module):
-    """`linear_proj(attention(norm(q), norm(k), v))`, with q, k, v from one matmul."""
+class Attention(nn.Module):
+    """What every attention has: the softmax, its window and its sinks, through transformers' attention interface."""
 
     is_causal = True  # read by transformers' attention functions, as are the next attributes
+    num_key_value_groups = 1  # query heads a key/value head
+    scaling: float
+    core_attention: CoreAttention | None
 
     def __init__(self, config: McoreGPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.kv_channels
-        self.num_key_value_groups = config.num_attention_heads // config.num_query_groups  # query heads a group
-        self.scaling = config.softmax_scale or config.kv_channels**-0.5
-        self.rotary = config.rotary_layers[layer_idx]
-        self.interleaved = config.rotary_interleaved
         self.dropout = config.attention_dropout
-        self.gated = config.attention_output_gate
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
+    def sinks(self, query: Tensor) -> Tensor | None:
+        """The extra logit `[n]` of each head of the queries `[b, n, s, d]`, if there is one."""
+        return None if self.core_attention is None else self.core_attention(query)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        layout: Layout | None,
+        sinks: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """softmax(q k' scaling) v through transformers' interface: `[b, n, s, d]` to `[b, s, n, d]`.
+
+        Args:
+            sinks: an extra logit for each head, `[n]`, or for each of their queries, `[n s]`.
+        """
+        implementation = self.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        options = {
+            "scaling": self.scaling,
+            "dropout": self.dropout if self.training else 0.0,
+            "sliding_window": self.sliding_window,
+            **kwargs,
+        }
+        if implementation == "sdpa":
+            return attend(interface, self, query, key, value, mask, layout, sinks, **options)
+        if sinks is not None:
+            options["s_aux"] = sinks
+        return interface(self, query, key, value, mask, **options)
+
+
+class SelfAttention(Attention):
+    """`linear_proj(attention(norm(q), norm(k), v))`, with q, k, v from one matmul of the normed input."""
+
+    def __init__(self, config: McoreGPTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.head_dim = config.kv_channels
+        self.num_key_value_groups = config.num_attention_heads // config.num_query_groups
+        self.scaling = config.softmax_scale or config.kv_channels**-0.5
+        self.rotary = config.rotary_layers[layer_idx]
+        self.interleaved = config.rotary_interleaved
+        self.gated = config.attention_output_gate
+
         heads = config.num_attention_heads * (2 if self.gated else 1) + 2 * config.num_query_groups
+        self.linear_qkv_layernorm = build_norm(config, config.hidden_size)
         # For each group: its query heads | (their gates |) its key | its value.
         self.linear_qkv = nn.Linear(config.hidden_size, heads * config.kv_channels, bias=config.add_qkv_bias)
         width = config.num_attention_heads * config.kv_channels
@@ -84,7 +128,7 @@ class SelfAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
             if layout is not None:  # of a prefill: a static cache is longer
                 key, value = key[:, :, : hidden.shape[1]], value[:, :, : hidden.shape[1]]
-        out, weights = self.attend(query, key, value, attention_mask, layout, **kwargs)
+        out, weights = self.attend(query, key, value, attention_mask, layout, self.sinks(query), **kwargs)
         out = out.reshape(*hidden.shape[:-1], -1)  # [b, s, n d]
         if gate is not None:
             out = (out * torch.sigmoid(gate.float())).to(out.dtype)
@@ -96,7 +140,8 @@ class SelfAttention(nn.Module):
         """Queries `[b, n, s, d]`, keys and values `[b, g, s, d]`, normed and rotated; gates `[b, s, n d]` or None."""
         per_group = self.num_key_value_groups
         heads = [per_group, per_group if self.gated else 0, 1, 1]
-        mixed = self.linear_qkv(hidden).view(*hidden.shape[:-1], -1, sum(heads), self.head_dim)  # [b, s, g, heads, d]
+        mixed = self.linear_qkv(self.linear_qkv_layernorm(hidden))
+        mixed = mixed.view(*hidden.shape[:-1], -1, sum(heads), self.head_dim)  # [b, s, g, heads, d]
         query, gate, key, value = mixed.split_with_sizes(heads, dim=3)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
@@ -106,28 +151,9 @@ class SelfAttention(nn.Module):
         query, key, value = (x.flatten(2, 3).transpose(1, 2) for x in (query, key, value))
         return query, key, value, gate.flatten(2) if self.gated else None
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: Layout | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """softmax(q k' scaling) v through transformers' interface: `[b, n, s, d]` to `[b, s, n, d]`."""
-        implementation = self.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        options = {
-            "scaling": self.scaling,
-            "dropout": self.dropout if self.training else 0.0,
-            "sliding_window": self.sliding_window,
-            **kwargs,
-        }
-        sinks = None if self.core_attention is None else self.core_attention(query)
-        if implementation == "sdpa":
-            return attend(interface, self, query, key, value, mask, layout, sinks, **options)
-        if sinks is not None:
-            options["s_aux"] = sinks
-        return interface(self, query, key, value, mask, **options)
-
 
 def eager_attention(
-    module: SelfAttention,
+    module: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,7 +169,7 @@ def eager_attention(
     if attention_mask is not None:
         scores = scores + attention_mask
     if s_aux is not None:
-        sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        sinks = s_aux.to(scores.dtype).view(1, scores.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     weights = F.dropout(weights, p=dropout, training=module.training)

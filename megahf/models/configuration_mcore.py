@@ -9,17 +9,21 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import above_zero, at_least_one, check_experts, check_heads, check_layer_pattern, one_of
+from .plans import expert_parallel_plan, tensor_parallel_plan
+
 POSITION_EMBEDDINGS = ("learned_absolute", "rope", "yarn", "none")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu", "squared_relu")
 SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
+ROPE_TYPES = ("rope", "yarn")
 
 
 @strict
 class McoreGPTConfig(PreTrainedConfig):
-    """A dense Megatron-core GPT. Defaults are Megatron's own command line defaults.
+    """A Megatron-core GPT, dense or a mixture of experts. Defaults are Megatron's own command line defaults.
 
-    Fields are grouped as the model is: sizes, positions, norms, attention, MLP, multipliers, training.
+    Fields are grouped as the model is: sizes, positions, norms, attention, MLP, experts, multipliers, training.
     """
 
     model_type = "mcore_gpt"
@@ -29,6 +33,9 @@ class McoreGPTConfig(PreTrainedConfig):
         "intermediate_size": "ffn_hidden_size",
         "num_key_value_heads": "num_query_groups",
         "head_dim": "kv_channels",
+        "qk_rope_head_dim": "qk_pos_emb_head_dim",  # by this name transformers' tensor parallelism asks for it
+        "num_experts_per_tok": "moe_router_topk",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
         "initializer_range": "init_method_std",
     }
     base_model_fsdp_plan = {  # noqa: RUF012
@@ -76,10 +83,45 @@ class McoreGPTConfig(PreTrainedConfig):
     window_size: list[int] | tuple[int, ...] | None = None  # [left, right] neighbours a token sees; left -1: all
     window_attn_skip_freq: int | list[int] | None = None  # every n-th layer full, or 1 for each layer with the window
 
+    multi_latent_attention: bool = False  # queries, keys and values through low ranks; the sizes below are its own
+    q_lora_rank: int | None = None  # None: queries straight from the hidden states
+    kv_lora_rank: int = 32
+    qk_head_dim: int = 128  # channels of a head without position
+    qk_pos_emb_head_dim: int = 64  # and those that rotate; one key of them for all heads
+    v_head_dim: int = 128
+    rope_type: str = "yarn"  # of multi-latent attention: rope or yarn; the yarn_ fields above are its stretch
+
     activation_func: str = "gelu_tanh"
     gated_linear_unit: bool = False
     activation_func_clamp_value: float | int | None = None  # gate at most this, up within +- this
     glu_linear_offset: float | int = 0.0  # added to up
+
+    num_experts: int | None = None  # None: every MLP is dense
+    moe_layer_freq: int | list[int] = 1  # every n-th layer, the first one included, or 1 for each layer with experts
+    moe_ffn_hidden_size: int = 0  # width of an expert; 0: ffn_hidden_size
+    moe_shared_expert_intermediate_size: int | None = None  # width of all shared experts together
+    moe_shared_expert_gate: bool = False
+    moe_latent_size: int | None = None  # experts work in so many channels
+    moe_router_topk: int = 2
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = False  # softmax over all experts, then the choice; else over those chosen
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_router_topk_scaling_factor: float | int | None = None
+    moe_router_enable_expert_bias: bool = False  # added to the scores for the choice alone
+    moe_router_bias: bool = False  # of the router's matrix
+    moe_router_dtype: str | None = None  # fp32, fp64; None: the model's
+    moe_router_load_balancing_type: str | list[str] = "aux_loss"
+    moe_aux_loss_coeff: float | int | list[float] = 0.0  # one, or one a load balancing type
+    moe_z_loss_coeff: float | int | None = None
+    moe_input_jitter_eps: float | int | None = None  # the router's input times 1 +- this, also in evaluation
+    moe_apply_probs_on_input: bool = False
+    moe_expert_capacity_factor: float | int | None = None  # tokens an expert takes over its even share; None: all
+    moe_token_drop_policy: str = "probs"  # which tokens beyond go: the least probable, or the last ("position")
+
+    mtp_num_layers: int | None = None  # heads that predict further tokens
+    mtp_use_repeated_layer: bool = False  # one head's weights for all of them
+    mtp_loss_scaling_factor: float | int = 0.1
 
     tie_word_embeddings: bool = True
     fp32_residual_connection: bool = False
@@ -99,6 +141,7 @@ class McoreGPTConfig(PreTrainedConfig):
         self.num_query_groups = self.num_query_groups or self.num_attention_heads
         self.kv_channels = self.kv_channels or self.hidden_size // self.num_attention_heads
         self.add_qkv_bias = self.add_qkv_bias or self.add_bias_linear
+        self.moe_ffn_hidden_size = self.moe_ffn_hidden_size or self.ffn_hidden_size
         super().__post_init__(**kwargs)
         self.base_model_tp_plan = tensor_parallel_plan(self)  # after transformers 5.17 would add names that are Llama's
 
@@ -122,13 +165,39 @@ class McoreGPTConfig(PreTrainedConfig):
         return ["sliding_attention" if window else "full_attention" for window in windowed]
 
     @property
+    def rotary_type(self) -> str | None:
+        """`rope`, `yarn` or None. Multi-latent attention has its own, whatever embedding of positions there is."""
+        if self.multi_latent_attention:
+            return self.rope_type
+        return self.position_embedding_type if self.position_embedding_type in ROPE_TYPES else None
+
+    @property
     def rotary_layers(self) -> list[bool]:
-        """Whether each layer rotates its queries and keys."""
-        if self.position_embedding_type not in ("rope", "yarn"):
+        """Whether each layer rotates its queries and keys. Multi-latent attention always does (as Megatron)."""
+        if self.rotary_type is None:
             return [False] * self.num_layers
-        if not self.no_rope_freq:
+        if not self.no_rope_freq or self.multi_latent_attention:
             return [True] * self.num_layers
         return [not skip for skip in layer_pattern(self.no_rope_freq, self.num_layers, every_nth=True)]
+
+    @property
+    def moe_layers(self) -> list[bool]:
+        """Whether the MLP of each layer is a mixture of experts."""
+        if not self.num_experts:
+            return [False] * self.num_layers
+        if isinstance(self.moe_layer_freq, int):
+            return [layer % max(self.moe_layer_freq, 1) == 0 for layer in range(self.num_layers)]
+        return [bool(flag) for flag in self.moe_layer_freq]
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """A property: transformers writes an attribute into config.json, and its reader's plan may be another."""
+        return expert_parallel_plan(self)
+
+    @property
+    def layer_parts(self) -> set[str]:
+        """What there is in the layers, for plans: `self_attention`, `mlp`, `experts`."""
+        return {"self_attention", *("experts" if moe else "mlp" for moe in self.moe_layers)}
 
     def validate_architecture(self) -> None:
         """Sizes that fit together."""
@@ -141,7 +210,7 @@ class McoreGPTConfig(PreTrainedConfig):
                 f"{self.num_attention_heads} attention heads cannot be shared out over {self.num_query_groups} "
                 f"query groups: num_attention_heads must be a multiple of num_query_groups"
             )
-        for name in ("no_rope_freq", "window_attn_skip_freq"):
+        for name in ("no_rope_freq", "window_attn_skip_freq", "moe_layer_freq"):
             check_layer_pattern(name, getattr(self, name), self.num_layers)
 
     def validate_choices(self) -> None:
@@ -153,13 +222,15 @@ class McoreGPTConfig(PreTrainedConfig):
 
     def validate_positions(self) -> None:
         """RoPE's channels pair up, and its stretches are stretches."""
-        if self.position_embedding_type not in ("rope", "yarn"):
+        if self.rotary_type is None:
             return
         channels = self.rotary_channels
-        if channels < 2 or channels % 2 or channels > self.kv_channels:
+        name = "qk_pos_emb_head_dim" if self.multi_latent_attention else "kv_channels"
+        head = getattr(self, name)
+        if channels < 2 or channels % 2 or channels > head:
             raise ValueError(
-                f"RoPE turns pairs of channels: {channels} channels (kv_channels {self.kv_channels}, rotary_percent "
-                f"{self.rotary_percent}) must be an even number from 2 to {self.kv_channels}"
+                f"RoPE turns pairs of channels: {channels} channels ({name} {head}, rotary_percent "
+                f"{self.rotary_percent}) must be an even number from 2 to {head}"
             )
         if self.position_embedding_type == "yarn" and self.rotary_interleaved:
             raise ValueError("YaRN has no interleaved form: rotary_interleaved must be false with it, as in Megatron")
@@ -167,6 +238,32 @@ class McoreGPTConfig(PreTrainedConfig):
             above_zero(name, getattr(self, name))
         if self.rotary_seq_len_interpolation_factor is not None:
             above_zero("rotary_seq_len_interpolation_factor", self.rotary_seq_len_interpolation_factor)
+
+    def validate_latents(self) -> None:
+        """What multi-latent attention is made of; what Megatron cannot build with it is no model either."""
+        if not self.multi_latent_attention:
+            return
+        for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+            at_least_one(name, getattr(self, name))
+        if self.q_lora_rank is not None:
+            at_least_one("q_lora_rank", self.q_lora_rank)
+        one_of("rope_type", self.rope_type, ROPE_TYPES)
+        for name in ("attention_output_gate", "qk_l2_norm", "rotary_interleaved"):
+            if getattr(self, name):
+                raise ValueError(f"{name} does not go with multi_latent_attention, as in Megatron: it must be false")
+        if self.position_embedding_type == "yarn":
+            raise ValueError(
+                "position_embedding_type 'yarn' does not go with multi_latent_attention, which rotates by itself: "
+                "its rope_type is to be 'yarn', position_embedding_type 'rope'"
+            )
+        if self.num_query_groups != self.num_attention_heads:
+            raise ValueError(
+                f"num_query_groups is {self.num_query_groups}, but multi_latent_attention makes a key and a value "
+                f"for each of the {self.num_attention_heads} attention heads: it must be {self.num_attention_heads}"
+            )
+        for name in ("yarn_mscale", "yarn_mscale_all_dim"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None: multi_latent_attention scales by it, 0 is for not at all")
 
     def validate_window(self) -> None:
         """A window looks back only: this is a causal model."""
@@ -186,29 +283,20 @@ class McoreGPTConfig(PreTrainedConfig):
                 f"{self.glu_linear_offset} act on a gated linear unit only: gated_linear_unit is false"
             )
 
+    def validate_experts(self) -> None:
+        """A mixture of experts whose sizes fit and whose words have a meaning."""
+        check_experts(self)
+
+    def validate_heads(self) -> None:
+        """Heads for further tokens, of layers whose kind is known."""
+        check_heads(self)
+
     @property
     def rotary_channels(self) -> int:
         """Channels of a head that rotate. YaRN turns all of them, whatever rotary_percent says (as Megatron)."""
-        if self.position_embedding_type == "yarn" or self.rotary_percent >= 1.0:
-            return self.kv_channels
-        return int(self.kv_channels * self.rotary_percent)
-
-
-def tensor_parallel_plan(config: McoreGPTConfig) -> dict[str, str]:
-    """How tensor parallelism cuts the base model, in transformers' words; a gated fc1 is cut in each of `gate | up`."""
-    plan = {
-        "embedding.word_embeddings": "embedding_rowwise",
-        "decoder.layers.*.self_attention.linear_qkv": "colwise",
-        "decoder.layers.*.self_attention.linear_proj": "rowwise",
-        "decoder.layers.*.mlp.linear_fc1": "packed_colwise" if config.gated_linear_unit else "colwise",
-        "decoder.layers.*.mlp.linear_fc2": "rowwise",
-    }
-    if config.softmax_type == "learnable":
-        plan["decoder.layers.*.self_attention.core_attention.softmax_offset"] = "colwise"
-    if config.qk_layernorm and not config.qk_l2_norm:  # whole on each rank, which sees its own heads only
-        plan["decoder.layers.*.self_attention.q_layernorm"] = "replicated_with_grad_allreduce"
-        plan["decoder.layers.*.self_attention.k_layernorm"] = "replicated_with_grad_allreduce"
-    return plan
+        head = self.qk_pos_emb_head_dim if self.multi_latent_attention else self.kv_channels
+        whole = self.rotary_type == "yarn" or self.rotary_percent >= 1.0
+        return head if whole else int(head * self.rotary_percent)
 
 
 def layer_pattern(frequency: int | list[int] | None, layers: int, every_nth: bool) -> list[bool]:
@@ -218,28 +306,6 @@ def layer_pattern(frequency: int | list[int] | None, layers: int, every_nth: boo
     if isinstance(frequency, int):
         return [(layer % frequency == 0) == every_nth for layer in range(1, layers + 1)]
     return [bool(flag) for flag in frequency]
-
-
-def check_layer_pattern(name: str, frequency: int | list[int] | None, layers: int) -> None:
-    if isinstance(frequency, list) and len(frequency) != layers:
-        raise ValueError(f"{name} has {len(frequency)} entries, the model {layers} layers: one entry a layer is needed")
-    if isinstance(frequency, int) and frequency < 1:
-        raise ValueError(f"{name} is {frequency}: a frequency is 1 or more")
-
-
-def at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}: at least 1 is needed")
-
-
-def above_zero(name: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{name} is {value}: it must be above 0")
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}")
 
 
 McoreGPTConfig.register_for_auto_class()

@@ -212,10 +212,10 @@ def with_sink(
     0. Before a causal prefill goes an empty query, so that the diagonal still falls where it should.
     """
     batch, _, length, channels = query.shape
-    causal = mask is None and length > 1
+    causal = mask is None and length > 1 and options.get("is_causal", True)
     if causal:  # a static cache is longer than its prefill
         key, value = key[:, :, :length], value[:, :, :length]
-    logit = (sinks.float() / options["scaling"]).to(query.dtype)[None, :, None, None]
+    logit = (sinks.float() / options["scaling"]).to(query.dtype).view(1, query.shape[1], -1, 1)  # [1, n, 1 or s, 1]
     logit = F.pad(logit, (0, SINK_CHANNELS - 1)).expand(batch, -1, length, -1)
     query = torch.cat((query, logit), dim=-1)  # [b, n, s, d + 8]
     key, value = (F.pad(x, (0, SINK_CHANNELS, 1, 0)) for x in (key, value))  # [b, g, 1 + s_k, d + 8]

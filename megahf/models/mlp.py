@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norm import build_norm
+
 if TYPE_CHECKING:
     from .configuration_mcore import McoreGPTConfig
 
@@ -34,31 +36,47 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Activation:
+    """`act(x)`, or `act(gate) * (up + offset)` of `x` packed `gate | up`, both clamped first where the model clamps."""
+
+    def __init__(self, config: McoreGPTConfig) -> None:
+        self.function = ACTIVATIONS[config.activation_func]
+        self.gated = config.gated_linear_unit
+        self.clamp = config.activation_func_clamp_value
+        self.offset = config.glu_linear_offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., 2 f]` if gated, else `[..., f]`, to `[..., f]`."""
+        if not self.gated:
+            return self.function(x)
+        gate, up = x.chunk(2, dim=-1)  # [..., f] each
+        if self.clamp is not None:
+            gate, up = gate.clamp(max=self.clamp), up.clamp(-self.clamp, self.clamp)
+        if self.offset:
+            up = up + self.offset
+        return self.function(gate).mul_(up)  # in place: a long prefill's peak is here
+
+
 class ResidualLinear(nn.Linear):
     """A matrix that writes into the residual stream; it differs from others only in how it is initialised."""
 
 
 class MLP(nn.Module):
-    """`fc2(act(fc1(x)))`, or `fc2(act(gate) * (up + offset))` with fc1's rows packed `gate | up`."""
+    """`fc2(act(fc1(norm(x))))`, with fc1's rows packed `gate | up` where it is gated.
 
-    def __init__(self, config: McoreGPTConfig) -> None:
+    Args:
+        width: of the hidden layer (of each half, if gated).
+        normed: whether the norm is in here, as it is in Transformer Engine's layers, or before the module.
+    """
+
+    def __init__(self, config: McoreGPTConfig, width: int, bias: bool, normed: bool) -> None:
         super().__init__()
-        self.gated = config.gated_linear_unit
-        self.activation = ACTIVATIONS[config.activation_func]
-        self.clamp = config.activation_func_clamp_value
-        self.offset = config.glu_linear_offset
-        rows = (2 if self.gated else 1) * config.ffn_hidden_size
-        self.linear_fc1 = nn.Linear(config.hidden_size, rows, bias=config.add_bias_linear)  # gate | up
-        self.linear_fc2 = ResidualLinear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+        self.activation = Activation(config)
+        rows = (2 if config.gated_linear_unit else 1) * width
+        self.linear_fc1_layernorm = build_norm(config, config.hidden_size) if normed else nn.Identity()
+        self.linear_fc1 = nn.Linear(config.hidden_size, rows, bias=bias)  # gate | up
+        self.linear_fc2 = ResidualLinear(width, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        activate = self.glu if self.gated else self.activation
-        return self.linear_fc2(activate(self.linear_fc1(hidden)))  # [b, s, 2 f or f], held by no name, then [b, s, f]
-
-    def glu(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)  # [b, s, f] each
-        if self.clamp is not None:
-            gate, up = gate.clamp(max=self.clamp), up.clamp(-self.clamp, self.clamp)
-        if self.offset:
-            up = up + self.offset
-        return self.activation(gate).mul_(up)  # in place: a long prefill's peak is here
+        # [b, s, 2 f or f], held by no name, then [b, s, f]
+        return self.linear_fc2(self.activation(self.linear_fc1(self.linear_fc1_layernorm(hidden))))

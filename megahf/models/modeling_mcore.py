@@ -1,7 +1,8 @@
 """What every Megatron-core model here shares: initialisation, names on disk, saving, the door from Megatron.
 
 On disk weights carry Megatron's names as Transformer Engine spells them, without a `model.` prefix. At run time the
-norms are modules of their own, as in Megatron's local spec, so that every matrix is a plain `nn.Linear`.
+norm in front of a matrix is a module of its own beside it, so that every matrix is a plain `nn.Linear`, and the experts
+carry the names that transformers' experts interface asks for.
 """
 
 from __future__ import annotations
@@ -17,19 +18,30 @@ from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_utils import PreTrainedModel
 
 from .attention import CoreAttention
 from .mlp import ResidualLinear
+from .moe import EXPERTS_IMPLEMENTATION, Experts, SharedExperts
 from .norm import LayerNorm, RMSNorm
+from .parallel import SharedModel
 from .rope import RotaryEmbedding
+from .router import TopKRouter
 
 # on disk -> at run time
 NORMS = (
-    (r"\.self_attention\.linear_qkv\.layer_norm_", r"\.input_layernorm\."),
-    (r"\.mlp\.linear_fc1\.layer_norm_", r"\.pre_mlp_layernorm\."),
+    (r"\.linear_qkv\.layer_norm_", r"\.linear_qkv_layernorm\."),
+    (r"\.linear_q_up_proj\.layer_norm_", r"\.linear_q_up_proj_layernorm\."),
+    (r"\.linear_kv_up_proj\.layer_norm_", r"\.linear_kv_up_proj_layernorm\."),
+    (r"\.linear_fc1\.layer_norm_", r"\.linear_fc1_layernorm\."),
+    (r"\.in_proj\.layer_norm_", r"\.in_proj_layernorm\."),
 )
-PREFIXES = ((r"^embedding\.", r"^model\.embedding\."), (r"^decoder\.", r"^model\.decoder\."))
+EXPERTS = (  # "(?!_)": not the bias; an end of line ("$") would stay in the names that the newer transformers saves
+    (r"\.experts\.linear_fc1\.weight", r"\.experts\.gate_up_proj(?!_)"),
+    (r"\.experts\.linear_fc1\.bias", r"\.experts\.gate_up_proj_bias"),
+    (r"\.experts\.linear_fc2\.weight", r"\.experts\.down_proj(?!_)"),
+    (r"\.experts\.linear_fc2\.bias", r"\.experts\.down_proj_bias"),
+)
+PREFIXES = tuple((f"^{part}\\.", f"^model\\.{part}\\.") for part in ("embedding", "decoder", "mtp"))
 
 
 def register_names(model: str, *renamings: tuple[str, str]) -> None:
@@ -38,7 +50,7 @@ def register_names(model: str, *renamings: tuple[str, str]) -> None:
     register_checkpoint_conversion_mapping(model, mapping, overwrite=True)
 
 
-class McorePreTrainedModel(PreTrainedModel):
+class McorePreTrainedModel(SharedModel):
     """The base of all models: transformers' `PreTrainedModel` with Megatron's initialisation, names and door."""
 
     base_model_prefix = "model"
@@ -50,6 +62,16 @@ class McorePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Always: transformers looks for its decorator in this file, while the experts are in one of their own."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers', with another default than its own."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     @classmethod
     def from_megatron(cls, path: str | Path, **options: Any) -> McorePreTrainedModel:
@@ -95,6 +117,21 @@ class McorePreTrainedModel(PreTrainedModel):
         elif isinstance(module, CoreAttention):
             if module.softmax_offset is not None:
                 init.normal_(module.softmax_offset, mean=0.0, std=std)
+        elif isinstance(module, TopKRouter):
+            for weight in (module.weight, module.bias):
+                if weight is not None:
+                    init.normal_(weight, mean=0.0, std=std)
+            if module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std / math.sqrt(2.0 * self.config.num_layers))
+            if module.gate_up_proj_bias is not None and module.down_proj_bias is not None:
+                init.zeros_(module.gate_up_proj_bias)
+                init.zeros_(module.down_proj_bias)
+        elif isinstance(module, SharedExperts):
+            if module.gate_weight is not None:
+                init.normal_(module.gate_weight, mean=0.0, std=std)
         elif isinstance(module, ResidualLinear):
             init.normal_(module.weight, mean=0.0, std=std / math.sqrt(2.0 * self.config.num_layers))
             if module.bias is not None:

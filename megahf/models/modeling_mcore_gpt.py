@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import SelfAttention
+from .attention import Attention
 from .configuration_mcore import McoreGPTConfig
 from .layout import is_empty, plan
-from .mlp import MLP
-from .modeling_mcore import NORMS, PREFIXES, McorePreTrainedModel, register_names
+from .modeling_mcore import EXPERTS, NORMS, PREFIXES, McorePreTrainedModel, register_names
+from .mtp import MTPOutput, MultiTokenPrediction, head_losses
+from .mtp_generation import MTPCandidateGenerator
 from .norm import build_norm
 from .rope import RotaryEmbedding
+from .router import TopKRouter
+from .transformer_layer import TransformerLayer, run_layer
+
+
+@dataclass
+class MoeOutput(MoeModelOutputWithPast):
+    """transformers' output of a mixture of experts, and in training the sum of its routers' auxiliary losses."""
+
+    aux_loss: Tensor | None = None
 
 
 class Embedding(nn.Module):
@@ -50,25 +65,6 @@ class Embedding(nn.Module):
         return F.dropout(hidden.float() if self.in_float32 else hidden, self.dropout, self.training)
 
 
-class TransformerLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: McoreGPTConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = build_norm(config, config.hidden_size)
-        self.self_attention = SelfAttention(config, layer_idx)
-        self.pre_mlp_layernorm = build_norm(config, config.hidden_size)
-        self.mlp = MLP(config)
-        self.dropout = config.hidden_dropout
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        hidden = self.add(hidden, self.self_attention(self.input_layernorm(hidden), **kwargs)[0])
-        return self.add(hidden, self.mlp(self.pre_mlp_layernorm(hidden)))
-
-    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
-        return hidden + (F.dropout(update, self.dropout) if self.training else update)
-
-
 class TransformerBlock(nn.Module):
     """The stack of layers and the norm after them."""
 
@@ -79,10 +75,12 @@ class TransformerBlock(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = build_norm(config, config.hidden_size)
 
-    def forward(self, hidden: Tensor, masks: dict[str, Tensor | None], **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, masks: dict[str, Tensor | None], **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """`[b, s, h]` to `[b, s, h]`, and the routers' auxiliary losses."""
+        losses: list[Tensor] = []
         for layer, kind in zip(self.layers, self.layer_types, strict=True):
-            hidden = layer(hidden, attention_mask=masks[kind], **kwargs)
-        return self.final_layernorm(hidden)
+            hidden = run_layer(layer, hidden, losses, attention_mask=masks[kind], **kwargs)
+        return self.final_layernorm(hidden), losses
 
 
 class McoreGPTPreTrainedModel(McorePreTrainedModel):
@@ -97,8 +95,13 @@ class McoreGPTPreTrainedModel(McorePreTrainedModel):
         "AutoModelForTokenClassification": "modeling_mcore_gpt.McoreGPTForTokenClassification",
         "AutoModelForQuestionAnswering": "modeling_mcore_gpt.McoreGPTForQuestionAnswering",
     }
-    _no_split_modules: ClassVar[list[str]] = ["TransformerLayer"]
-    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": TransformerLayer, "attentions": SelfAttention}
+    _no_split_modules: ClassVar[list[str]] = ["TransformerLayer", "MultiTokenPredictionLayer"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(model\.)?mtp\."]  # only the causal model has them
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": TransformerLayer,
+        "attentions": Attention,
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+    }
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.embedding.word_embeddings
@@ -108,14 +111,18 @@ class McoreGPTPreTrainedModel(McorePreTrainedModel):
 
 
 class McoreGPTModel(McoreGPTPreTrainedModel):
-    """Tokens to hidden states."""
+    """Tokens to hidden states.
 
-    def __init__(self, config: McoreGPTConfig) -> None:
+    Args:
+        heads: whether it holds the heads that predict further tokens, if there are any; it does not run them.
+    """
+
+    def __init__(self, config: McoreGPTConfig, heads: bool = False) -> None:
         super().__init__(config)
         self.embedding = Embedding(config)
-        rotary = config.position_embedding_type in ("rope", "yarn")
-        self.rotary_pos_emb = RotaryEmbedding(config) if rotary else None
+        self.rotary_pos_emb = None if config.rotary_type is None else RotaryEmbedding(config)
         self.decoder = TransformerBlock(config)
+        self.mtp = MultiTokenPrediction(config) if heads and config.mtp_num_layers else None
         self.post_init()
 
     @merge_with_config_defaults
@@ -150,8 +157,13 @@ class McoreGPTModel(McoreGPTPreTrainedModel):
         )
         rotation = None if self.rotary_pos_emb is None else self.rotary_pos_emb(positions, self.dtype)
         call = {**layout, **kwargs, "past_key_values": past_key_values, "use_cache": use_cache}
-        hidden = self.decoder(hidden, masks, position_embeddings=rotation, **call)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        if self.training and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            call["expert_tokens"] = attention_mask[:, -hidden.shape[1] :]
+        hidden, losses = self.decoder(hidden, masks, position_embeddings=rotation, **call)
+        if not any(self.config.moe_layers):
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        aux_loss = torch.stack([loss.to(hidden.device) for loss in losses]).sum() if losses else None
+        return MoeOutput(last_hidden_state=hidden, past_key_values=past_key_values, aux_loss=aux_loss)
 
     def positions(self, words: Tensor, past_key_values: Cache | None) -> Tensor:
         """Positions `[1, s]` counted on from the cache."""
@@ -176,7 +188,7 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: McoreGPTConfig) -> None:
         super().__init__(config)
-        self.model = McoreGPTModel(config)
+        self.model = McoreGPTModel(config, heads=True)
         self.output_layer: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -197,37 +209,92 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_mtp_logits: bool = False,
+        output_last_hidden_state: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Logits `[b, s, V]`, and the loss if `labels` `[b, s]` are given (-100: not counted).
+
+        A mixture of experts in training adds its auxiliary losses to the loss, as Megatron's gradients do, and
+        returns their sum as `aux_loss`; in evaluation it has none. `output_router_logits=True` returns each router's.
+
+        Heads that predict further tokens (`mtp_num_layers`) add to the loss in training, as Megatron's gradients have
+        it: `mtp_loss_scaling_factor` times the mean of their own losses, `mtp_loss`. In evaluation they do not run.
 
         Args:
             logits_to_keep: compute only the last so many positions (0: all), or those of an index `[k]`.
+            output_mtp_logits: also each head's, as `mtp_logits` (see `MTPOutput`); needs whole sequences, no cache.
+            output_last_hidden_state: also the model's hidden states `[b, s, h]`, after its final norm.
         """
+        heads = self.heads_to_run(labels, output_mtp_logits, past_key_values)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.output_layer(outputs.last_hidden_state[:, kept, :])  # [b, k, V]
-        if self.config.mup_output_mult != 1.0:
-            logits = logits * self.config.mup_output_mult
+        logits = self.to_logits(outputs.last_hidden_state[:, kept, :])  # [b, k, V]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        share = 1.0 if labels is None else share_of_step(labels, **kwargs)
+        output = as_output(outputs, logits, loss, share)
+        if output_last_hidden_state:
+            output = MTPOutput(**output, last_hidden_state=outputs.last_hidden_state)
+        if heads is None:
+            return output
+        tokens, given = (input_ids, inputs_embeds), (attention_mask, position_ids)
+        states, aux_losses = heads.run(self.model, *tokens, outputs.last_hidden_state, *given, **kwargs)
+        further = [self.to_logits(state) for state in states]  # [b, s, V] each
+        output = MTPOutput(**output, mtp_logits=tuple(further) if output_mtp_logits else None)
+        if labels is not None and self.training:
+            output.mtp_loss = head_losses(self.loss_function, further, labels, *given, **kwargs)
+            mtp_loss = output.mtp_loss.mean() * self.config.mtp_loss_scaling_factor
+            aux_loss = sum(aux.to(mtp_loss.device) for aux in aux_losses)
+            output.loss = output.loss + (mtp_loss + aux_loss) * share
+            output.aux_loss = output.aux_loss + aux_loss if aux_losses else output.aux_loss
+        return output
+
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        """`[b, s, h]` to `[b, s, V]`."""
+        logits = self.output_layer(hidden)
+        return logits if self.config.mup_output_mult == 1.0 else logits * self.config.mup_output_mult
+
+    def heads_to_run(
+        self, labels: Tensor | None, output_mtp_logits: bool, past_key_values: Cache | None
+    ) -> MultiTokenPrediction | None:
+        """The heads, if they are wanted: for their logits, or for their part of the loss in training."""
+        heads = getattr(self.model, "mtp", None)
+        if heads is None and output_mtp_logits:
+            raise ValueError("output_mtp_logits: the model has no heads for further tokens, mtp_num_layers is None")
+        learn = self.training and labels is not None and self.config.mtp_loss_scaling_factor != 0
+        if heads is None or not (learn or output_mtp_logits):
+            return None
+        if not is_empty(past_key_values):
+            raise ValueError(
+                "heads for further tokens run over whole sequences, but past_key_values holds tokens already: leave it "
+                "out, or train without the heads (mtp_loss_scaling_factor 0, or mtp_num_layers None at from_pretrained)"
+            )
+        return heads
+
+    def _get_candidate_generator(
+        self, generation_config: GenerationConfig, logits_processor: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> CandidateGenerator:
+        """Who drafts for `generate`'s assisted decoding: the model's own heads with `use_mtp=True`."""
+        if getattr(generation_config, "use_mtp", None):
+            cache = model_kwargs.get("past_key_values")
+            return MTPCandidateGenerator(self, generation_config, logits_processor, cache)
+        return super()._get_candidate_generator(
+            generation_config, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
         )
 
     def _get_static_cache_init_shape(self) -> Any:
-        """Shape of a cache made ahead of its keys; None, which waits for them, where ranks share out the heads.
+        """Heads and channels of a cache made ahead of its keys; None, which waits for them, where they are others'.
 
-        transformers knows which matrix makes a rank's keys by names that are not Megatron's.
+        A rank or a device has its share of heads, and latents are not shaped as keys and values both.
         """
-        return super()._get_static_cache_init_shape() if (self._tp_size or 1) == 1 else None
+        devices = set((getattr(self, "hf_device_map", None) or {}).values())
+        if self.config.multi_latent_attention or (self._tp_size or 1) > 1 or len(devices) > 1:
+            return None
+        return self.config.num_query_groups, self.config.kv_channels
 
     @staticmethod
     def create_masks_for_generate(
@@ -237,6 +304,37 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
         if kwargs["inputs_embeds"].shape[1] > 1 and is_empty(past_key_values):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+
+
+def as_output(
+    outputs: BaseModelOutputWithPast | MoeOutput, logits: Tensor, loss: Tensor | None, share: Tensor | float
+) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    """The causal model's output from its base model's; auxiliary losses join the loss by their `share` of the step."""
+    common = {
+        "logits": logits,
+        "past_key_values": outputs.past_key_values,
+        "hidden_states": outputs.hidden_states,
+        "attentions": outputs.attentions,
+    }
+    if not isinstance(outputs, MoeOutput):
+        return CausalLMOutputWithPast(loss=loss, **common)
+    aux_loss = outputs.aux_loss
+    if loss is not None and aux_loss is not None:
+        loss = loss + aux_loss * share
+    return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, router_logits=outputs.router_logits, **common)
+
+
+def share_of_step(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None, **kwargs: Any
+) -> Tensor | float:
+    """The part of an optimizer's step that this batch is: 1, or its share of `num_items_in_batch` tokens.
+
+    Trainer gives that number where it accumulates gradients; the language loss is divided by it too.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != -100).sum() / num_items_in_batch
 
 
 class McoreGPTForSequenceClassification(GenericForSequenceClassification, McoreGPTPreTrainedModel):
@@ -276,8 +374,8 @@ class McoreGPTForQuestionAnswering(GenericForQuestionAnswering, McoreGPTPreTrain
         self.post_init()
 
 
-register_names("mcore_gpt", *PREFIXES, *NORMS)
-register_names("McoreGPTModel", *NORMS)
+register_names("mcore_gpt", *PREFIXES, *NORMS, *EXPERTS)
+register_names("McoreGPTModel", *NORMS, *EXPERTS)
 
 McoreGPTModel.register_for_auto_class("AutoModel")
 McoreGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -27,8 +27,9 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("inv_freq", self.frequencies(), persistent=False)  # [channels / 2]
-        yarn = config.position_embedding_type == "yarn"
-        self.stretch = None if yarn else config.rotary_seq_len_interpolation_factor  # Megatron's YaRN ignores it
+        yarn = config.rotary_type == "yarn"
+        plain = not yarn and not config.multi_latent_attention  # Megatron stretches no other
+        self.stretch = config.rotary_seq_len_interpolation_factor if plain else None
         self.concentration = yarn_concentration(config) if yarn else 1.0
 
     def frequencies(self) -> Tensor:
@@ -36,10 +37,11 @@ class RotaryEmbedding(nn.Module):
         config = self.config
         # On the CPU also under a meta device: loading fills parameters, and this is none.
         pairs = torch.arange(0, config.rotary_channels, 2, dtype=torch.float32, device="cpu") / config.rotary_channels
-        if config.position_embedding_type == "yarn":
+        if config.rotary_type == "yarn":
             return yarn_frequencies(config, pairs)
         plain = 1.0 / (config.rotary_base**pairs)
-        return llama3_frequencies(plain, config.rope_scaling_factor) if config.use_rope_scaling else plain
+        scaled = config.use_rope_scaling and not config.multi_latent_attention  # which Megatron does not tell of it
+        return llama3_frequencies(plain, config.rope_scaling_factor) if scaled else plain
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         super()._apply(fn, recurse)
@@ -90,25 +92,30 @@ def yarn_frequencies(config: McoreGPTConfig, pairs: Tensor) -> Tensor:
 
 
 def yarn_range(config: McoreGPTConfig) -> tuple[float, float]:
-    """The pairs between which YaRN passes from keeping a pair's speed to slowing it."""
+    """The pairs between which YaRN passes from keeping a pair's speed to slowing it.
+
+    Multi-latent attention always has them as whole numbers, Megatron's default.
+    """
+    channels = config.rotary_channels
 
     def pair_that_turns(times: float) -> float:
         ratio = config.yarn_original_max_position_embeddings / (times * 2 * math.pi)
-        return config.kv_channels * math.log(ratio) / (2 * math.log(config.rotary_base))
+        return channels * math.log(ratio) / (2 * math.log(config.rotary_base))
 
     low, high = pair_that_turns(config.yarn_beta_fast), pair_that_turns(config.yarn_beta_slow)
-    if config.yarn_correction_range_round_to_int:
+    if config.yarn_correction_range_round_to_int or config.multi_latent_attention:
         low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, config.kv_channels - 1)
+    return max(low, 0), min(high, channels - 1)
 
 
 def yarn_concentration(config: McoreGPTConfig) -> float:
     """The factor YaRN puts on cosines and sines."""
-
-    def mscale(weight: float) -> float:
-        scale = config.yarn_rotary_scaling_factor
-        return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
-
+    scale = config.yarn_rotary_scaling_factor
     if config.yarn_mscale is None or config.yarn_mscale_all_dim is None:
-        return mscale(1.0)
-    return mscale(config.yarn_mscale) / mscale(config.yarn_mscale_all_dim)
+        return yarn_mscale(scale, 1.0)
+    return yarn_mscale(scale, config.yarn_mscale) / yarn_mscale(scale, config.yarn_mscale_all_dim)
+
+
+def yarn_mscale(scale: float, weight: float) -> float:
+    """How much sharper attention is to be over a context `scale` times as long."""
+    return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0

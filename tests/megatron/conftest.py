@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cases import SPECS, Case
+from cases import Case
 
 from megahf.judge.bench import Bench
 
@@ -24,15 +24,17 @@ class Judge:
     ) -> Path:
         """A folder with a tracker file, `iter_0000010` and `reference.pt`.
 
-        `reference.pt` holds input_ids and position_ids `[b, s]`, fp32 logits `[b, s, padded vocabulary]`, the TP1 state
-        dict in Megatron's names and the args. The sharded model gave these logits before it was saved.
+        `reference.pt` holds input_ids and position_ids `[b, s]`, fp32 logits `[b, s, padded vocabulary]`, those of
+        heads for further tokens as `mtp_logits` `[heads, b, s, padded vocabulary]`, more tokens with their logits as
+        `prompts`, the TP1 state dict in Megatron's names and the args. The sharded model gave the logits of the
+        tokens before it was saved.
         """
         return self.save_case(Case(kind, layout, format, spec, dtype))
 
     def save_case(self, case: Case) -> Path:
         if case not in self.saved:
             out = self.folder / str(case).replace(":", "_")
-            self.bench.save(case.arguments, out, case.format, **SPECS[case.spec])
+            self.bench.save(case.arguments, out, case.format, case.extra_state)
             self.saved[case] = out
         return self.saved[case]
 
@@ -43,5 +45,5 @@ class Judge:
 
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
-    with Bench(size=4) as bench:
+    with Bench(size=8) as bench:
         yield Judge(bench, tmp_path_factory.mktemp("megatron"))

@@ -33,3 +33,34 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "string_pp2_vpp2": grid(1, 2, 2, pipeline_model_parallel_layout="Et|t|tt|L"),
     "string_pp4": grid(1, 4, pipeline_model_parallel_layout="E|(tt|)*2L"),  # the embedding and the loss on their own
 }
+
+
+def experts(count: int, tensor: int | None = None) -> dict[str, Any]:
+    """Expert ranks, and tensor ranks inside an expert; as many as elsewhere if not given."""
+    return {"expert_model_parallel_size": count, "expert_tensor_parallel_size": tensor}
+
+
+# Layouts for models with experts alone. The world is the smallest that both tensor x data and, with the experts' own
+# tensor ranks, expert tensor x expert ranks fit into, times the pipeline.
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2": grid(**experts(2)),  # a world of 2
+    "ep4": grid(**experts(4)),
+    "ep2_dp4": grid(**experts(2), data_parallel_size=4),
+    "tp2_etp1": grid(2, **experts(1, 1)),  # whole experts, twice
+    "tp2_ep2": grid(2, **experts(2)),  # 4: experts are cut in two as well
+    "tp2_ep2_etp1": grid(2, **experts(2, 1)),  # 2: files (0, 0) and (1, 1) alone
+    "tp2_ep2_etp2": grid(2, **experts(2, 2)),
+    "tp2_ep2_etp1_dp2": grid(2, **experts(2, 1), data_parallel_size=2),
+    "tp4_ep2_etp1": grid(4, **experts(2, 1)),  # 4: a file a tensor rank
+    "tp4_ep2_etp2": grid(4, **experts(2, 2)),
+    "pp2_ep2": grid(1, 2, **experts(2)),
+    "pp2_vpp2_ep2": grid(1, 2, 2, num_virtual_stages_per_pipeline_rank=2, **experts(2)),
+    "tp2_pp2_ep2_etp1": grid(2, 2, **experts(2, 1)),
+    "tp2_pp2_ep2": grid(2, 2, **experts(2)),  # 8
+    "string_pp2_vpp2_mtp_ep2": grid(1, 2, 2, pipeline_model_parallel_layout="Et|t|tt|mL", **experts(2)),
+}
+# The heads for further tokens have a place in a layout that is written out.
+MTP_LAYOUTS: dict[str, dict[str, Any]] = {
+    "string_pp2_vpp2_mtp": grid(1, 2, 2, pipeline_model_parallel_layout="Et|t|tt|mL"),
+    "string_pp2_mtp2": grid(1, 2, pipeline_model_parallel_layout="Ettt|tmmL"),
+}

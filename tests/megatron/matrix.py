@@ -1,6 +1,6 @@
 """The whole matrix against real Megatron, case by case into a record: `python tests/megatron/matrix.py RECORD.md`.
 
-Every kind meets every layout, format and dtype; every layout every format and layer spec.
+Every kind meets every layout, format and dtype, and with experts every layer spec; every layout every format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from cases import PINNED, SPECS, THOROUGH, Case, covering, possible_cases
+from cases import Case, thorough
+from cases_hybrid import thorough as thorough_hybrids
 from compare import check
 
 from megahf.errors import Refused
@@ -37,13 +38,13 @@ class Outcome(NamedTuple):
 
 def run(cases: list[Case]) -> Iterator[Outcome]:
     """Each case written by Megatron, read by megahf, compared, and deleted."""
-    with Bench(size=4) as bench, tempfile.TemporaryDirectory(prefix="megahf-matrix-") as folder:
+    with Bench(size=8) as bench, tempfile.TemporaryDirectory(prefix="megahf-matrix-") as folder:
         for case in cases:
             began, out = time.monotonic(), Path(folder) / "checkpoint"
             sharded = ours = None
             wrong = ""
             try:
-                sharded = bench.save(case.arguments, out, case.format, **SPECS[case.spec])
+                sharded = bench.save(case.arguments, out, case.format, case.extra_state)
                 ours = check(out)
             except (Failed, Refused, AssertionError, RuntimeError) as error:
                 wrong = str(error).strip().splitlines()[-1]
@@ -83,8 +84,7 @@ def main() -> int:
     parser.add_argument("record", type=Path)
     parser.add_argument("--kind", action="append", help="only cases of this kind; may be given again")
     options = parser.parse_args()
-    chosen = dict.fromkeys((*PINNED, *covering(possible_cases(), THOROUGH)))
-    cases = sorted(case for case in chosen if not options.kind or case.kind in options.kind)
+    cases = [case for case in (*thorough(), *thorough_hybrids()) if not options.kind or case.kind in options.kind]
     outcomes = []
     for outcome in run(cases):
         outcomes.append(outcome)

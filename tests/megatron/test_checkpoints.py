@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
-from cases import Case, everyday
+from cases import ALL_KINDS, Case, everyday
 from compare import check, check_generation, check_logits, check_weights
 from conftest import Judge
-from kinds import KINDS
+
+import megahf
 
 
 @pytest.mark.parametrize("case", everyday(), ids=str)
@@ -28,7 +32,19 @@ def test_the_comparison_sees_one_changed_bit_and_one_changed_option(judge: Judge
         check_logits(judge.save("window_skip_list", "tp2_pp2"), other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if "capacity" not in kind])  # of tokens seen together
 def test_greedy_tokens_with_a_cache_are_those_without(judge: Judge, kind: str) -> None:
     case = next(case for case in everyday() if case.kind == kind)
     check_generation(judge.save_case(case))
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3_mtp", "moe_squared_relu"])
+def test_experts_held_in_any_way_convert_to_the_same_bytes(judge: Judge, kind: str, tmp_path: Path) -> None:
+    ways = product(("local", "te", "local_grouped", "te_grouped"), ("torch", "torch_dist"))
+    for number, (spec, format) in enumerate(ways):
+        megahf.convert(judge.save(kind, "tp2_ep2_etp1", format, spec, "bf16"), tmp_path / str(number))
+    first, *others = (sorted(folder.glob("*")) for folder in tmp_path.iterdir())
+    for other in others:
+        assert [file.name for file in other] == [file.name for file in first]
+        unequal = {a.name for a, b in zip(first, other, strict=True) if a.read_bytes() != b.read_bytes()}
+        assert unequal <= {"megahf.json"}  # which says what the checkpoint was

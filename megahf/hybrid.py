@@ -1,0 +1,132 @@
+"""Which layer of a hybrid model is what: the pattern, from Megatron's arguments of all versions.
+
+`M` Mamba, `*` attention, `-` MLP, `E` mixture of experts, `+` multi-latent attention, `G` gated delta net, `D` sparse
+attention; `|` between pipeline stages, `/` before what each head for further tokens repeats. Follows
+megatron/core/ssm/mamba_hybrid_layer_allocation.py (0.16.1) and megatron/core/models/hybrid/hybrid_layer_allocation.py
+(2026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .errors import refuse
+
+# Config fields of the mixers that args record, in those that have them, and Megatron's numbers before.
+MIXER = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8, "mamba_num_heads": None}
+# And those that only a spec sets: as Megatron's own spec does, until the weights say otherwise.
+UNRECORDED = {
+    "mamba_version": 2, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 128, "mamba_d_has_hdim": False,
+    "mamba_rmsnorm": True, "mamba_conv_bias": True, "mamba_dt_rank": None,
+}  # fmt: skip
+RATIOS = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
+PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern", "mtp_hybrid_override_pattern", "is_hybrid_model")
+ARGUMENTS = frozenset((*MIXER, *RATIOS, *PATTERNS))
+MEGATRONS = ("mamba_layer_specs", "hybrid_layer_specs")  # modules of Megatron's own specs
+
+BUILT = "M*-E+"
+OTHERS = {"G": "gated delta nets", "D": "DeepSeek's sparse attention"}
+
+
+class Pattern(NamedTuple):
+    """A hybrid model's layers."""
+
+    layers: str  # a symbol a layer
+    stages: tuple[int, ...] = ()  # layers of each pipeline stage, in the order they run; empty: not said
+    heads: str = ""  # layers of each head for further tokens
+    depth: int = 0  # such heads
+
+
+def pattern_of(args: Mapping[str, Any]) -> Pattern | None:
+    """The pattern that `args` stand for; None if they are a GPT's.
+
+    Raises:
+        Refused: symbols that are not built or not Megatron's, and arguments that contradict one another.
+    """
+    text = args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
+    ratios = [args.get(name) or 0.0 for name in RATIOS]
+    if text is None and not args.get("is_hybrid_model") and not any(ratios):
+        return None
+    if text is None:
+        text = from_ratios(args["num_layers"], *ratios)
+    if not isinstance(text, str):
+        raise refuse(f"the pattern of layers is {text!r:.60}, not a text", "args")
+    pattern = parsed(text)
+    if pattern.depth == 0 and args.get("mtp_num_layers") and args.get("mtp_hybrid_override_pattern"):
+        pattern = pattern._replace(heads=args["mtp_hybrid_override_pattern"], depth=args["mtp_num_layers"])
+    check(pattern, text, args)
+    return pattern
+
+
+def fields(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The config fields that only hybrids have; none for a GPT."""
+    pattern = pattern_of(args)
+    if pattern is None:
+        return {}
+    recorded = {name: default if args.get(name) is None else args[name] for name, default in MIXER.items()}
+    built = {"use_rope_scaling": False}  # which no builder of hybrids passes on
+    layers = {"hybrid_layer_pattern": pattern.layers, "num_layers": len(pattern.layers)}
+    heads = {"mtp_layer_pattern": pattern.heads or None, "mtp_num_layers": pattern.depth or None}
+    return {**layers, **heads, **recorded, **UNRECORDED, **built}
+
+
+def layout(args: Mapping[str, Any]) -> str | None:
+    """The stages that `|` in the pattern says, as a layout string: `t` a layer."""
+    pattern = pattern_of(args)
+    return "|".join("t" * layers for layers in pattern.stages) if pattern and pattern.stages else None
+
+
+def notes(args: Mapping[str, Any]) -> list[str]:
+    """What is worth saying about a hybrid's arguments."""
+    spec = args.get("spec")
+    names = " ".join(spec) if isinstance(spec, (list, tuple)) else str(spec or "")
+    if pattern_of(args) is None or not names or any(module in names for module in MEGATRONS):
+        return []
+    return [f"layers are from {names}: sizes are read off the weights, its code is taken for Megatron's own"]
+
+
+def parsed(text: str) -> Pattern:
+    """`"M-M-|M-M*-/MM/MM"` as layers, stages and heads."""
+    main, *heads = text.split("/")
+    stages = main.split("|")
+    if len(set(heads)) > 1:
+        raise refuse(f"the heads of {text!r} differ from one another", "args")
+    lengths = tuple(map(len, stages)) if len(stages) > 1 else ()
+    return Pattern("".join(stages), lengths, heads[0] if heads else "", len(heads) if heads and heads[0] else 0)
+
+
+def check(pattern: Pattern, text: str, args: Mapping[str, Any]) -> None:
+    """Refuses symbols that are not built or unknown, and a length that the args contradict."""
+    for symbol in sorted(set(pattern.layers + pattern.heads) - set(BUILT)):
+        meaning = f"{OTHERS[symbol]}, which are not supported" if symbol in OTHERS else "no symbol of Megatron's"
+        raise refuse(f"the pattern {text!r} has {symbol!r}: {meaning}", "args", f"known are {' '.join(BUILT)}")
+    said = args.get("num_layers")
+    if said is not None and said != len(pattern.layers) and args.get("hybrid_layer_pattern") is None:
+        raise refuse(f"the pattern {text!r} has {len(pattern.layers)} layers, the args say {said}", "args")
+    if {"*", "+"} <= set(pattern.layers):
+        raise refuse(f"the pattern {text!r} mixes attention and multi-latent attention", "args")
+
+
+def from_ratios(layers: int, attention: float, mlp: float) -> str:
+    """The pattern Megatron makes of shares of attention and MLP layers: evenly spaced, from Mamba to Mamba."""
+    symbols = ["M"] * layers
+    heads = round(layers * attention)
+    spread(symbols, "*", (layers - heads) / (heads + 1))
+    dense = round(layers * mlp)
+    if dense:
+        spread(symbols, "-", (layers - heads - dense) / dense)
+    return "".join(symbols)
+
+
+def spread(symbols: list[str], symbol: str, between: float) -> None:
+    """Turns Mamba layers into `symbol` wherever `between` of them have passed."""
+    left = between
+    for place, there in enumerate(symbols):
+        if there != "M":
+            continue
+        if left < 0.5:
+            symbols[place] = symbol
+            left += between
+        else:
+            left -= 1

@@ -1,0 +1,238 @@
+"""What a row of the table says of a weight: shape, cut, when it exists, how it is spelled.
+
+The letters of shapes and the words of conditions are defined here, once; the rows themselves are in `weights.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .cuts import ONE_EXPERT, PACKED, PLAIN, WHOLE, Config, Cut, Pack, convolved, gates, in_proj, mixer_width
+
+
+def sizes(config: Config) -> dict[str, int]:
+    """What the letters of the shapes stand for; 0 for what a model does not have."""
+    heads, queries = config.num_attention_heads, config.num_attention_heads * (2 if config.attention_output_gate else 1)
+    latent, shared = config.moe_latent_size, config.moe_shared_expert_intermediate_size or 0
+    return {
+        "V": config.vocab_size,
+        "S": config.max_position_embeddings,
+        "h": config.hidden_size,
+        "2h": 2 * config.hidden_size,
+        "d": config.kv_channels,
+        "n": heads,
+        "nd": heads * config.kv_channels,
+        "qkv": (queries + 2 * config.num_query_groups) * config.kv_channels,  # per group: q .. | gate .. | k | v
+        "f": config.ffn_hidden_size,
+        "fc1": config.ffn_hidden_size * gates(config),
+        "E": config.num_experts or 0,
+        "fe": config.moe_ffn_hidden_size,
+        "fe1": config.moe_ffn_hidden_size * gates(config),
+        "fs": shared,
+        "fs1": shared * gates(config),
+        "lat": latent or 0,
+        "he": latent or config.hidden_size,  # channels that the experts see
+        "lq": config.q_lora_rank or 0,
+        "lkv": config.kv_lora_rank,
+        "lkvr": config.kv_lora_rank + config.qk_pos_emb_head_dim,  # latent | rotating key
+        "nq": heads * (config.qk_head_dim + config.qk_pos_emb_head_dim),  # per head: still | rotating
+        "nkv": heads * (config.qk_head_dim + config.v_head_dim),  # per head: key | value
+        "nv": heads * config.v_head_dim,
+        "1": 1,
+        **(mixer_sizes(config) if is_hybrid(config) else {}),
+    }
+
+
+def mixer_sizes(config: Config) -> dict[str, int]:
+    """What the letters of a Mamba mixer's shapes stand for."""
+    heads, width, rank = config.mamba_num_heads or 0, mixer_width(config), config.mamba_dt_rank or 0
+    return {
+        "mi": width,
+        "mz": sum(in_proj(config)),
+        "mc": sum(convolved(config)),
+        "mk": config.mamba_d_conv,
+        "mh": heads,
+        "mD": width if config.mamba_d_has_hdim else heads,
+        "mN": config.mamba_state_dim,
+        "mr": rank,
+        "mrBC": rank + 2 * config.mamba_state_dim,  # dt | B | C
+    }
+
+
+def is_hybrid(config: Config) -> bool:
+    return getattr(config, "hybrid_layer_pattern", None) is not None
+
+
+def is_kind(symbols: str, config: Config, layer: int) -> bool:
+    """Whether a hybrid's layer is one of `symbols`."""
+    return config.hybrid_layer_pattern[layer] in symbols
+
+
+def has_attention(config: Config, layer: int) -> bool:
+    return not is_hybrid(config) or is_kind("*+", config, layer)
+
+
+def is_dense(config: Config, layer: int) -> bool:
+    """Whether layer `layer` (from 0) has an MLP of its own."""
+    return is_kind("-", config, layer) if is_hybrid(config) else not is_moe(config, layer)
+
+
+def has_mixer(version: int) -> Callable[[Config, int], bool]:
+    return lambda c, n: is_hybrid(c) and is_kind("M", c, n) and c.mamba_version == version
+
+
+def is_moe(config: Config, layer: int) -> bool:
+    """Whether layer `layer` (from 0) has experts."""
+    if is_hybrid(config):
+        return is_kind("E", config, layer)
+    if not config.num_experts:
+        return False
+    frequency = config.moe_layer_freq
+    return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
+
+
+# When a row exists, of a config and a layer (0 where there is none). A row may name several: all must hold.
+CONDITIONS: dict[str, Callable[[Config, int], bool]] = {
+    "always": lambda c, _: True,
+    "LayerNorm": lambda c, _: c.normalization == "LayerNorm",
+    "add_bias_linear": lambda c, _: c.add_bias_linear,
+    "add_qkv_bias": lambda c, _: c.add_qkv_bias or c.add_bias_linear,
+    "qk_layernorm": lambda c, _: c.qk_layernorm and not c.qk_l2_norm,
+    "softmax_type learnable": lambda c, _: c.softmax_type == "learnable",
+    "learned positions": lambda c, _: c.position_embedding_type == "learned_absolute",
+    "untied": lambda c, _: not c.tie_word_embeddings,
+    "GPT": lambda c, _: not is_hybrid(c),
+    "hybrid": lambda c, _: is_hybrid(c),
+    "attention": has_attention,
+    "heads": lambda c, n: has_attention(c, n) and not c.multi_latent_attention,
+    "latents": lambda c, n: has_attention(c, n) and c.multi_latent_attention,
+    "latent queries": lambda c, _: c.q_lora_rank is not None,
+    "straight queries": lambda c, _: c.q_lora_rank is None,
+    "qk norms": lambda c, _: c.qk_layernorm,
+    "dense": is_dense,
+    "mixer": has_mixer(2),
+    "mixer 1": has_mixer(1),
+    "gated norm": lambda c, _: is_hybrid(c) and c.mamba_rmsnorm,
+    "convolution bias": lambda c, _: is_hybrid(c) and c.mamba_conv_bias,
+    "experts": is_moe,
+    "router bias": lambda c, n: is_moe(c, n) and c.moe_router_bias,
+    "expert bias": lambda c, n: is_moe(c, n) and c.moe_router_enable_expert_bias,
+    "shared experts": lambda c, n: is_moe(c, n) and bool(c.moe_shared_expert_intermediate_size),
+    "shared gate": lambda c, n: is_moe(c, n) and c.moe_shared_expert_gate,
+    "latent experts": lambda c, n: is_moe(c, n) and c.moe_latent_size is not None,
+}  # fmt: skip
+
+
+class Heads:
+    """A hybrid's config as the layers of its heads see it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.hybrid_layer_pattern = getattr(config, "mtp_layer_pattern", None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A key under which a weight, or a part of it, is stored."""
+
+    key: str  # `{l}`: layer; `{k}`: head; `{e}`: one expert, counted from the rank's first
+    part: int = 0  # which of `parts` blocks of the cut
+    parts: int = 1
+    pack: Pack = PLAIN
+    layout: str = ""  # the layout of experts that it belongs to
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight, or one of each layer where the name has `{l}`."""
+
+    name: str
+    shape: str  # letters of `sizes`
+    cut: Cut = WHOLE
+    when: str = "always"  # keys of CONDITIONS
+    also: tuple[Spelling, ...] = ()  # other spellings
+    parameter: str = ""  # its name in our modules, where that is another
+    tied: str = ""  # when absent by `when`, a copy of this weight may be stored and must equal it
+    experts: bool = False  # the first axis is experts, which expert-parallel ranks share out
+    float32: bool = False  # whatever number format the others are in; a buffer at run time
+    interleave: str = ""  # the arguments that store gate and up in blocks by turns: the size, and the switch
+    stack: str = ""  # the stack of layers it is repeated in
+
+    @property
+    def spellings(self) -> tuple[Spelling, ...]:
+        own = () if any(spelling.key == self.name for spelling in self.also) else (Spelling(self.name),)
+        return (*own, *self.also)
+
+    @property
+    def runtime(self) -> str:
+        """The parameter's name in the base model's modules."""
+        return self.parameter or self.name
+
+    def unmet(self, config: Config, layer: int | None) -> list[str]:
+        """The conditions for it that do not hold in layer `layer` of its stack."""
+        model, place = self.seen(config, layer)
+        return [condition for condition in self.when.split(", ") if not CONDITIONS[condition](model, place)]
+
+    def exists(self, config: Config, layer: int | None) -> bool:
+        """Whether the model has it in layer `layer` of its stack."""
+        model, place = self.seen(config, layer)
+        return all(CONDITIONS[condition](model, place) for condition in self.when.split(", "))
+
+    def seen(self, config: Config, layer: int | None) -> tuple[Config, int]:
+        """The config and the layer that conditions ask about: a GPT's head for further tokens is like its last layer,
+        a hybrid's is a stack with a pattern of its own."""
+        if self.stack == "heads":
+            return Heads(config), layer or 0
+        return config, config.num_layers - 1 if self.stack == "mtp" else layer or 0
+
+    def dims(self, config: Config) -> tuple[int, ...]:
+        return tuple(sizes(config)[letter] for letter in self.shape.split())
+
+
+def keys(*names: str) -> tuple[Spelling, ...]:
+    return tuple(map(Spelling, names))
+
+
+def blocks(*names: str) -> tuple[Spelling, ...]:
+    """One key for each block of the cut."""
+    return tuple(Spelling(name, part, len(names)) for part, name in enumerate(names))
+
+
+def experts(matrix: str, kind: str, *whole: Spelling) -> tuple[Spelling, ...]:
+    """Every layout of the experts' `matrix.kind`; `whole` are further ones. Megatron-FSDP splits gate from up."""
+    at = "mlp.experts"
+    one_each = {
+        "sequential": f"{at}.local_experts.{{e}}.{matrix}.{kind}",
+        "te-grouped": f"{at}.{matrix}.{kind}{{e}}",
+        "singleton": f"{at}.experts.{{e}}.{matrix}.{kind}",
+    }
+    halves = [(key + half, part, layout) for layout, key in one_each.items() for part, half in enumerate(("_w", "_v"))]
+    return (
+        Spelling(f"{at}.{matrix}.{kind}", pack=PACKED, layout="packed"),
+        Spelling(f"{at}.experts.{matrix}.{kind}", layout="distributed"),
+        *(Spelling(key, pack=ONE_EXPERT, layout=layout) for layout, key in one_each.items()),
+        *(Spelling(key, part, 2, ONE_EXPERT, layout) for key, part, layout in halves if matrix == "linear_fc1"),
+        *whole,
+    )
+
+
+def stacked(rows: tuple[Row, ...], stack: str, under: str, *others: str, when: str = "") -> tuple[Row, ...]:
+    """`rows` as those of each layer of a stack, under its prefix.
+
+    Args:
+        others: further spellings of the prefix.
+        when: one more condition for all of them.
+    """
+
+    def place(row: Row) -> Row:
+        spelled = tuple(replace(one, key=at + one.key) for at in (under, *others) for one in row.spellings)
+        parameter = under + row.parameter if row.parameter else ""
+        conditions = f"{when}, {row.when}" if when else row.when
+        return replace(row, name=under + row.name, also=spelled, parameter=parameter, stack=stack, when=conditions)
+
+    return tuple(map(place, rows))
