@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .checkpoint import Checkpoint
 from .cuts import Config
+from .errors import refuse
 from .layouts import Grid
 from .recognition import recognise
 
 NO_ROUTER_BIAS = "there is no router.bias: Megatron before 0.15 had none, and none is added"
-MIXER = "decoder.layers.{l}.mixer"
+DECODER, HEAD = "decoder.layers.{l}.", "mtp.layers.{k}.mtp_model_layer.layers.{l}."
+MIXER = f"{DECODER}mixer"
 CONVOLUTION, OUT, D = f"{MIXER}.conv1d.weight", f"{MIXER}.out_proj.weight", f"{MIXER}.D"
 GATED_NORM, X_PROJ, DT_PROJ = f"{MIXER}.norm.weight", f"{MIXER}.x_proj.weight", f"{MIXER}.dt_proj.weight"
 CONVOLUTION_BIAS = f"{MIXER}.conv1d.bias"
-ROUTER_BIAS = "decoder.layers.{l}.mlp.router.bias"
-QK_NORM = "decoder.layers.{l}.self_attention.q_layernorm.weight"
+UNFUSED = f"{DECODER}norm.weight"  # how a mixer's first norm is spelled outside Transformer Engine
+ROUTER_BIAS = f"{DECODER}mlp.router.bias"
+QK_NORM = f"{DECODER}self_attention.q_layernorm.weight"
+AXES = {OUT: 2, CONVOLUTION: 3, D: 1, X_PROJ: 2, DT_PROJ: 2}
 
 Shape = tuple[int, ...]
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """The name of each row that is stored, and the shape of one array of it: a rank's, in `torch` checkpoints."""
+    """The name and the spelling of each row that is stored, and the shape of one array of it.
+
+    It is a rank's array, in `torch` checkpoints. A layer of a head for further tokens counts as one of the stack.
+    """
     return dict(found(checkpoint))
 
 
 def found(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:
     for holding in checkpoint.holdings:
         for key, (shape, _) in holding.shapes.items():
-            yield from ((one.row.name, shape) for one in recognise(key))
+            for one in recognise(key):
+                for name in (one.row.name, one.spelling.key):
+                    yield name.replace(HEAD, DECODER), shape[1:] if one.stacked else shape
 
 
 def has_mixers(shapes: dict[str, Shape]) -> bool:
     return OUT in shapes
 
 
-def discover(config: Config, shapes: dict[str, Shape], ranks: Grid, sharded: bool) -> list[str]:
+def discover(
+    config: Config, args: Mapping[str, Any], shapes: dict[str, Shape], ranks: Grid, sharded: bool
+) -> list[str]:
     """Settles in `config` what only the weights tell; gives what is worth saying.
 
     Args:
         sharded: whether `shapes` are those of one tensor-parallel rank.
+
+    Raises:
+        Refused: mixers of no size, and what cannot be told.
     """
     said = []
     if config.moe_router_bias and ROUTER_BIAS not in shapes:
@@ -47,6 +62,8 @@ def discover(config: Config, shapes: dict[str, Shape], ranks: Grid, sharded: boo
         said.append(NO_ROUTER_BIAS)
     if getattr(config, "hybrid_layer_pattern", None) is not None:
         said += discover_hybrid(config, shapes, ranks.tensor if sharded else 1)
+        check_mixers(config, shapes, ranks)
+        said += epsilon(config, args, shapes)
     return said
 
 
@@ -57,13 +74,18 @@ def discover_hybrid(config: Config, shapes: dict[str, Shape], ranks: int) -> lis
         config.qk_layernorm = False
         said.append("there are no q and k norms: Megatron before 0.17 ignored --qk-layernorm in hybrids")
     if OUT not in shapes or CONVOLUTION not in shapes:
+        heads, rest = divmod(config.mamba_expand * config.hidden_size, config.mamba_head_dim)
+        config.mamba_num_heads = config.mamba_num_heads or (None if rest else heads)  # as the model class has it
         return said
+    for name, axes in AXES.items():
+        if name in shapes and len(shapes[name]) != axes:
+            raise refuse(f"a weight of shape {list(shapes[name])}, which has {axes} axes in a mixer", name)
     width = shapes[OUT][1] * ranks
     config.mamba_d_conv = shapes[CONVOLUTION][-1]
     config.mamba_conv_bias = CONVOLUTION_BIAS in shapes
     if width % config.hidden_size == 0:
         config.mamba_expand = width // config.hidden_size
-    if X_PROJ in shapes:
+    if X_PROJ in shapes and DT_PROJ in shapes:
         config.mamba_version, config.mamba_dt_rank = 1, shapes[DT_PROJ][1]
         config.mamba_state_dim = (shapes[X_PROJ][0] - config.mamba_dt_rank) // 2
         return [*said, f"Mamba-1 mixers: {width} channels, time steps of rank {config.mamba_dt_rank}"]
@@ -73,3 +95,29 @@ def discover_hybrid(config: Config, shapes: dict[str, Shape], ranks: int) -> lis
     skip = ", D for each channel" if config.mamba_d_has_hdim else ""
     norm = "" if config.mamba_rmsnorm else ", no gated norm"
     return [*said, f"from the weights: mixers of {width} channels, convolution over {config.mamba_d_conv}{skip}{norm}"]
+
+
+def check_mixers(config: Config, shapes: dict[str, Shape], ranks: Grid) -> None:
+    """Refuses heads and groups that Megatron could not have shared out."""
+    heads, groups = config.mamba_num_heads, config.mamba_num_groups
+    if not has_mixers(shapes) or config.mamba_version == 1:
+        return
+    if not heads:
+        raise refuse(f"mixers of no whole head of {config.mamba_head_dim} channels", "args.mamba_head_dim")
+    for what, count in (("heads", heads), ("groups", groups)):
+        if count % ranks.tensor:
+            raise refuse(f"{count} Mamba {what} do not divide over {ranks.tensor} tensor-parallel ranks", "args")
+    if heads % groups:
+        raise refuse(f"{heads} Mamba heads cannot be shared out over {groups} groups", "args.mamba_num_groups")
+
+
+def epsilon(config: Config, args: Mapping[str, Any], shapes: dict[str, Shape]) -> list[str]:
+    """Megatron's MambaLayer told a norm of its own no epsilon until July 2026, so that it ran with torch's 1e-5."""
+    if config.layernorm_epsilon == 1e-5 or UNFUSED not in shapes:
+        return []
+    said = (
+        f"the mixers' norms are not fused: Megatron ran them with 1e-5 until July 2026, then {config.layernorm_epsilon}"
+    )
+    if args.get("hybrid_layer_pattern") is None:  # arguments of before 2026
+        raise refuse(said, "args.layernorm_epsilon", "one epsilon for some norms and one for others is not built")
+    return [f"{said}, which is taken"]

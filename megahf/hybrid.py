@@ -18,7 +18,7 @@ MIXER = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8, "m
 # And those that only a spec sets: as Megatron's own spec does, until the weights say otherwise.
 UNRECORDED = {
     "mamba_version": 2, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 128, "mamba_d_has_hdim": False,
-    "mamba_rmsnorm": True, "mamba_conv_bias": True, "mamba_dt_rank": None,
+    "mamba_rmsnorm": True, "mamba_conv_bias": True, "mamba_proj_bias": False, "mamba_dt_rank": None,
 }  # fmt: skip
 RATIOS = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
 PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern", "mtp_hybrid_override_pattern", "is_hybrid_model")
@@ -26,6 +26,7 @@ ARGUMENTS = frozenset((*MIXER, *RATIOS, *PATTERNS))
 MEGATRONS = ("mamba_layer_specs", "hybrid_layer_specs")  # modules of Megatron's own specs
 
 BUILT = "M*-E+"
+MOST = 100_000  # layers that are made of ratios
 OTHERS = {"G": "gated delta nets", "D": "DeepSeek's sparse attention"}
 
 
@@ -45,16 +46,18 @@ def pattern_of(args: Mapping[str, Any]) -> Pattern | None:
         Refused: symbols that are not built or not Megatron's, and arguments that contradict one another.
     """
     text = args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
-    ratios = [args.get(name) or 0.0 for name in RATIOS]
-    if text is None and not args.get("is_hybrid_model") and not any(ratios):
+    ratios = {name: args.get(name) or 0.0 for name in RATIOS}
+    if text is None and not args.get("is_hybrid_model") and not any(ratios.values()):
         return None
     if text is None:
-        text = from_ratios(args["num_layers"], *ratios)
+        text = from_ratios(*countable(args, ratios))
     if not isinstance(text, str):
         raise refuse(f"the pattern of layers is {text!r:.60}, not a text", "args")
     pattern = parsed(text)
+    if any(ratios.values()) and args.get("hybrid_layer_pattern") is None:
+        check_ratios(pattern.layers, from_ratios(*countable(args, ratios)), ratios)
     if pattern.depth == 0 and args.get("mtp_num_layers") and args.get("mtp_hybrid_override_pattern"):
-        pattern = pattern._replace(heads=args["mtp_hybrid_override_pattern"], depth=args["mtp_num_layers"])
+        pattern = pattern._replace(heads=str(args["mtp_hybrid_override_pattern"]), depth=args["mtp_num_layers"])
     check(pattern, text, args)
     return pattern
 
@@ -65,6 +68,9 @@ def fields(args: Mapping[str, Any]) -> dict[str, Any]:
     if pattern is None:
         return {}
     recorded = {name: default if args.get(name) is None else args[name] for name, default in MIXER.items()}
+    for name, value in recorded.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise refuse(f"{name} is {value!r:.60}, not a number of at least 1", "args")
     built = {"use_rope_scaling": False}  # which no builder of hybrids passes on
     layers = {"hybrid_layer_pattern": pattern.layers, "num_layers": len(pattern.layers)}
     heads = {"mtp_layer_pattern": pattern.heads or None, "mtp_num_layers": pattern.depth or None}
@@ -84,6 +90,32 @@ def notes(args: Mapping[str, Any]) -> list[str]:
     if pattern_of(args) is None or not names or any(module in names for module in MEGATRONS):
         return []
     return [f"layers are from {names}: sizes are read off the weights, its code is taken for Megatron's own"]
+
+
+def countable(args: Mapping[str, Any], ratios: Mapping[str, Any]) -> tuple[int, float, float]:
+    """The number of layers, and the shares of attention and MLP layers among them."""
+    layers = args.get("num_layers")
+    if type(layers) is not int or not 0 < layers <= MOST:
+        raise refuse(f"num_layers is {layers!r:.60}, not a number of layers", "args")
+    for name, share in ratios.items():
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise refuse(f"{name} is {share!r:.60}, not a share from 0 to 1", "args")
+    attention, mlp = ratios.values()
+    if attention + mlp > 1:
+        raise refuse(f"shares of {attention} and {mlp} are more than all layers", "args")
+    return layers, attention, mlp
+
+
+def check_ratios(layers: str, shared: str, ratios: Mapping[str, Any]) -> None:
+    """Megatron takes a pattern beside ratios only where it has as many layers of each kind."""
+    for symbol in "M*-":
+        if layers.count(symbol) != shared.count(symbol):
+            said = ", ".join(f"{name} {share}" for name, share in ratios.items())
+            raise refuse(
+                f"the pattern {layers!r} has {layers.count(symbol)} layers {symbol!r}, {said} make it "
+                f"{shared.count(symbol)}",
+                "args",
+            )
 
 
 def parsed(text: str) -> Pattern:
@@ -106,6 +138,10 @@ def check(pattern: Pattern, text: str, args: Mapping[str, Any]) -> None:
         raise refuse(f"the pattern {text!r} has {len(pattern.layers)} layers, the args say {said}", "args")
     if {"*", "+"} <= set(pattern.layers):
         raise refuse(f"the pattern {text!r} mixes attention and multi-latent attention", "args")
+    if not set(pattern.layers) & set("M*+"):
+        raise refuse(f"the pattern {text!r} has no layer in which a token sees another", "args", "one of M * +")
+    if "*" in pattern.layers + pattern.heads and args.get("multi_latent_attention"):
+        raise refuse(f"the pattern {text!r} has '*' where multi_latent_attention makes attention '+'", "args")
 
 
 def from_ratios(layers: int, attention: float, mlp: float) -> str:

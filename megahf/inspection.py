@@ -12,8 +12,9 @@ from .arguments import grid
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import Refused
 from .layouts import layers
+from .pattern_drawing import drawing, pattern_lines
 from .plan import Plan, amount, build
-from .rows import Row
+from .rows import Row, is_hybrid
 from .weights import weights
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def contents(plan: Plan) -> Report:
         "config": vars(plan.config),
         "vocabulary": {"size": plan.config.vocab_size, "padding": plan.padding, "known": plan.vocabulary},
         "stages": stages(plan),
+        "pattern": drawing(plan) if is_hybrid(plan.config) else None,
         "experts": {"layout": plan.experts, "ranks": plan.grid.expert} if plan.experts else None,
         "weights": list(rows.values()),
         "left_out": plan.left_out,
@@ -131,7 +133,10 @@ def model(console: Any, report: Report) -> None:
     vocabulary = report["vocabulary"]
     padding = f", {vocabulary['padding']} rows of padding left out" if vocabulary["padding"] else ""
     console.print(f"vocabulary of {vocabulary['size']} ({vocabulary['known']}){padding}")
-    console.print(stage_line(report["stages"]))
+    if pattern := report["pattern"]:
+        console.print("\n".join(pattern_lines(pattern)), markup=False)
+    else:
+        console.print(stage_line(report["stages"]))
     if experts := report["experts"]:
         console.print(expert_line(experts, report["config"]["num_experts"]))
     console.print()
@@ -147,14 +152,7 @@ def model(console: Any, report: Report) -> None:
 
 def architecture(config: Report) -> str:
     """The model in a few lines of words."""
-    heads, groups = config["num_attention_heads"], config["num_query_groups"]
-    kind = "multi-head" if heads == groups else f"{groups} query groups" if groups > 1 else "multi-query"
-    gated = "gated " if config["gated_linear_unit"] else ""
     norm = config["normalization"] + (" (zero-centred)" if config["layernorm_zero_centered_gamma"] else "")
-    first = (
-        f"{config['num_layers']} layers, hidden {config['hidden_size']}, {heads} heads of {config['kv_channels']} "
-        f"({kind}), MLP {config['ffn_hidden_size']} {gated}{config['activation_func']}"
-    )
     options = [
         norm,
         positions(config),
@@ -164,7 +162,21 @@ def architecture(config: Report) -> str:
         *([f"softmax {config['softmax_type']}"] if config["softmax_type"] != "vanilla" else []),
         *([f"window {config['window_size'][0] + 1}"] if config["window_size"] else []),
     ]
-    return "\n".join([first, ", ".join(options), *extras(config)])
+    return "\n".join([sizes(config), ", ".join(options), *extras(config)])
+
+
+def sizes(config: Report) -> str:
+    """Layers, attention and MLP; of a hybrid, what its pattern has."""
+    symbols = config.get("hybrid_layer_pattern") or "*-"
+    heads, groups = config["num_attention_heads"], config["num_query_groups"]
+    kind = "multi-head" if heads == groups else f"{groups} query groups" if groups > 1 else "multi-query"
+    gated = "gated " if config["gated_linear_unit"] else ""
+    parts = [f"{config['num_layers']} layers", f"hidden {config['hidden_size']}"]
+    if "*" in symbols:
+        parts.append(f"{heads} heads of {config['kv_channels']} ({kind})")
+    if "-" in symbols:
+        parts.append(f"MLP {config['ffn_hidden_size']} {gated}{config['activation_func']}")
+    return ", ".join(parts)
 
 
 def extras(config: Report) -> list[str]:
@@ -186,8 +198,9 @@ def extras(config: Report) -> list[str]:
 
 
 def mixture(config: Report) -> str:
-    frequency, layers = config["moe_layer_freq"], config["num_layers"]
+    frequency, layers, symbols = config["moe_layer_freq"], config["num_layers"], config.get("hybrid_layer_pattern")
     count = len(range(0, layers, frequency)) if isinstance(frequency, int) else sum(map(bool, frequency))
+    count = count if symbols is None else symbols.count("E")
     score = config["moe_router_score_function"] + (" first" if config["moe_router_pre_softmax"] else "")
     parts = [
         f"{config['num_experts']} experts of {config['moe_ffn_hidden_size']} in {count} of {layers} layers",

@@ -25,7 +25,7 @@ from .discovery import discover, has_mixers, shapes_of
 from .errors import Problems, refuse
 from .hybrid import pattern_of
 from .layouts import Grid
-from .stored import Copies, Places, Source, Stored, locate, versions
+from .stored import Copies, Places, Source, Stored, check_shape, locate, versions
 from .tiles import Tiled, join
 from .weights import HEAD, WORDS, Weight, weights
 
@@ -127,7 +127,7 @@ def build(
     chunks = 1 + max((holding.chunk for holding in checkpoint.holdings), default=0)
     ranks = grid(args, chunks if checkpoint.format == "torch" else None)
     said = notes(args)
-    said += discover(config, shapes, ranks, checkpoint.format == "torch")
+    said += discover(config, args, shapes, ranks, checkpoint.format == "torch")
     source = Source.of(config, args, ranks)
     places, left_out = locate(checkpoint, source)
     rows = vocabulary_rows(places, ranks)
@@ -224,7 +224,7 @@ def assembled(weight: Weight, stored: Stored, source: Source, problems: Problems
             )
             return []
         wholes = [in_turn(runs, turn) for turn in range(max(map(len, runs.values())))]
-        return [(where, fitted(weight, array)) for where, array in wholes]
+        return [(where, fitted(weight, array, source.config)) for where, array in wholes]
     except ValueError as error:
         problems.add(f"shapes do not fit: {error}", weight.name, "were these ranks written by one run?")
         return []
@@ -242,13 +242,11 @@ def in_turn(runs: Mapping[int, Copies], turn: int) -> tuple[str, Tiled]:
     return picked[0][0], picked[0][1] if len(picked) == 1 else join([array for _, array in picked], 0)
 
 
-def fitted(weight: Weight, array: Tiled) -> Tiled:
+def fitted(weight: Weight, array: Tiled, config: Config) -> Tiled:
     """`array` without vocabulary padding; its shape must be what the config says."""
     if weight.row.cut.padded and array.shape[0] >= weight.shape[0]:
         array = array.narrow(0, 0, weight.shape[0])
-    if array.shape != weight.shape:
-        letters = weight.row.shape.replace(" ", " x ")
-        raise ValueError(f"stored {list(array.shape)}, the args say {list(weight.shape)} ({letters})")
+    check_shape(weight.row, array.shape, weight.shape, config)
     return array
 
 

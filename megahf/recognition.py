@@ -75,11 +75,12 @@ def form(key: str) -> str:
     return NUMBERS.sub("0", WRAPPERS.sub("", key))
 
 
-def recognise(key: str) -> list[Found]:
+@cache
+def recognise(key: str) -> tuple[Found, ...]:
     """What `key` may be a spelling of: which of them it is, the config decides, layer by layer; empty if unknown.
 
     Several weights may share a key: a norm is spelled alike in layers with and without experts, and a fused matrix
-    holds two.
+    holds two. Files of ranks hold the same keys over and over, so it is asked once for each.
     """
     found = []
     for matcher, row, spelling, every in spellings().get(form(key), ()):
@@ -87,7 +88,7 @@ def recognise(key: str) -> list[Found]:
             numbers = match.groupdict()
             layer, expert, head = (int(numbers[name]) if name in numbers else None for name in "lek")
             found.append(Found(row, spelling, layer, every, expert, head))
-    return found
+    return tuple(found)
 
 
 def ignored(key: str) -> str | None:

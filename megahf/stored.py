@@ -7,7 +7,7 @@ array, and every array that is stored there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .errors import Problems, refuse
 from .layouts import Chunk, Grid, layers
 from .recognition import Found, foreign, ignored, recognise
 from .rows import Row
-from .tiles import Tiled, join, unstack
+from .tiles import Tiled, join, replaced, unstack
 from .weights import depth, heads
 
 Copies = list[tuple[str, Tiled]]  # (where, array): one and the same, each time it is stored
@@ -101,7 +101,9 @@ def locate(checkpoint: Checkpoint, source: Source) -> tuple[Places, dict[str, in
     return places, dict(left_out)
 
 
-def place(places: Places, holding: Holding, key: str, found: list[Found], source: Source, problems: Problems) -> None:
+def place(
+    places: Places, holding: Holding, key: str, found: Sequence[Found], source: Source, problems: Problems
+) -> None:
     """Puts what `key` stores under the names of its weights; one key may hold several layers, and two weights."""
     where, chunk = f"{key} in {holding.where}", (0, 0)
     rank = 0
@@ -119,7 +121,9 @@ def place(places: Places, holding: Holding, key: str, found: list[Found], source
         problems.add(str(error), where, "were these files written by one run, and are these its args?")
 
 
-def read(holding: Holding, key: str, found: list[Found], source: Source) -> Iterator[tuple[Found, int | None, Tiled]]:
+def read(
+    holding: Holding, key: str, found: Sequence[Found], source: Source
+) -> Iterator[tuple[Found, int | None, Tiled]]:
     """Each weight in `key`: the row it is, its global layer, its array as stored."""
     if found[0].stacked:
         stacked, (count, *_) = holding.read(key), holding.shapes[key][0]
@@ -134,7 +138,7 @@ def read(holding: Holding, key: str, found: list[Found], source: Source) -> Iter
         yield choice, here, holding.read(key)
 
 
-def chosen(found: list[Found], config: Config, layer: int | None) -> list[Found]:
+def chosen(found: Sequence[Found], config: Config, layer: int | None) -> list[Found]:
     """Which of the rows that spell a key so this model has; if none, the likeliest, to be named as too many."""
     there = [one for one in found if one.row.exists(config, layer)]
     return there or [min(found, key=lambda one: len(one.row.unmet(config, layer)))]
@@ -182,17 +186,42 @@ def versions(row: Row, stored: Stored, run: Run, shape: tuple[int, ...], source:
     if row.cut.dim is None or (row.cut.by_version and everywhere[0][1].shape == shape):
         return everywhere
     turns = max(len(copies) for part in parts for copies in part.values())
-    return [merged(row, stored, parts, turn, source) for turn in range(turns)]
+    return [merged(row, stored, parts, turn, shape, source) for turn in range(turns)]
 
 
-def merged(row: Row, stored: Stored, parts: list[dict[int, Copies]], turn: int, source: Source) -> tuple[str, Tiled]:
+def merged(
+    row: Row, stored: Stored, parts: list[dict[int, Copies]], turn: int, shape: tuple[int, ...], source: Source
+) -> tuple[str, Tiled]:
     """A cut weight over its ranks; `turn` picks among several files that hold the same rank."""
     chosen = [[part[rank][min(turn, len(part[rank]) - 1)] for rank in sorted(part)] for part in parts]
     where, dim = chosen[0][0][0], row.cut.dim or 0
     ranks = [join(list(blocks), dim) for blocks in zip(*([array for _, array in part] for part in chosen), strict=True)]
+    check_blocks(parts, row.cut.blocks(source.config), dim)
+    whole = replaced(ranks[0].shape, dim, sum(rank.shape[dim] for rank in ranks))
+    if len(row.cut.blocks(source.config)) > 2:  # blocks of sizes that the args say: those first
+        check_shape(row, whole, shape, source.config)
     size = source.turns(row)
     if size is None:
         return where, ranks[0] if len(ranks) == 1 else row.cut.merge(ranks, source.config)
     if not stored.sharded:  # as the ranks that wrote it saw it: each had its own gates and ups by turns
         ranks = row.cut.split(ranks[0], source.config, source.tensor_ranks(row))
     return where, row.cut.merge([deinterleaved(rank, dim, size) for rank in ranks], source.config)
+
+
+def check_shape(row: Row, stored: tuple[int, ...], wanted: tuple[int, ...], config: Config) -> None:
+    """Raises ValueError where a whole weight is not of the shape that the args say."""
+    if stored != wanted:
+        blocks, letters = row.cut.blocks(config), row.shape.replace(" ", " x ")
+        made = f", {' + '.join(map(str, blocks))} of them" if len(blocks) > 2 else ""
+        raise ValueError(f"stored {list(stored)}, the args say {list(wanted)} ({letters}{made})")
+
+
+def check_blocks(parts: list[dict[int, Copies]], blocks: Sequence[int], dim: int) -> None:
+    """Raises ValueError where blocks that are stored one by one are not to one another as the args say."""
+    places = [sum(copies[0][1].shape[dim] for copies in part.values()) for part in parts]
+    if len(parts) > 1 and (len(parts) != len(blocks) or crossed(places, blocks)):
+        raise ValueError(f"{' + '.join(map(str, places))} are stored, the args say {' + '.join(map(str, blocks))}")
+
+
+def crossed(places: Sequence[int], blocks: Sequence[int]) -> bool:
+    return any(place * sum(blocks) != block * sum(places) for place, block in zip(places, blocks, strict=True))

@@ -7,11 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bad_experts
+import bad_hybrids
 import pytest
 import torch
-from bad import ROWS, Bad, add, every, hostile, hostile_zip
+from bad import ROWS as OF_DENSE
+from bad import Bad, add, every, hostile, hostile_zip
 from small import fingerprint, megahf, write_torch, write_torch_dist
 from small_experts import Run, write_experts
+from small_hybrid import write_hybrid
+
+ROWS = {**OF_DENSE, **bad_experts.ROWS, **bad_hybrids.ROWS}
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +27,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_torch_dist(folder / "dist")
     write_experts(folder / "sequential", "sequential", Run(tensor=2, expert=2))
     write_experts(folder / "grouped", "legacy-grouped", Run(tensor=2, expert=2))
+    write_hybrid(folder / "hybrid", "M*-M", Run(tensor=2))
     return folder
 
 
@@ -32,7 +39,7 @@ def here(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("base", ["legacy", "dist", "sequential", "grouped"])
+@pytest.mark.parametrize("base", ["legacy", "dist", "sequential", "grouped", "hybrid"])
 def test_without_damage_the_checkpoints_convert(here: Path, base: str) -> None:
     result = megahf("convert", base, "hf", "--strict", "--refuse-nonfinite")
     assert result.exit_code == 0, result.output

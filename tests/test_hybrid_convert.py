@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from small import assert_same, megahf, rewrite, tensors
 from small_experts import Run
 from small_hybrid import Mixer, write_hybrid, write_hybrid_dist
 from test_moe_convert import arrives, weights_and_config
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from transformers import AutoModelForCausalLM
 
 import megahf as package
 from megahf import convert
+from megahf.errors import Refused
 from megahf.load import canonical_state
 
 package.register()
@@ -57,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Mamba alone, by its pattern": {"layers": "MM"},
     "Mamba alone, by its weights": {"layers": "MM", **ONE},
     "Mamba alone, as noted": {"layers": "MM", **ONE, "is_hybrid_model": True},
-    "by ratios": {"layers": "MM*-M-", **ONE, "hybrid_attention_ratio": 0.17, "hybrid_mlp_ratio": 0.34},
+    "by ratios": {"layers": "MM*-M*M-", **ONE, "hybrid_attention_ratio": 0.25, "hybrid_mlp_ratio": 0.25},
     "D per channel": {"layers": "M*", "mixer": Mixer(channel_D=True)},
     "no gated norm": {"layers": "M*", "mixer": Mixer(norm=False)},
     "neither, a short convolution without bias": {
@@ -118,7 +121,7 @@ def test_every_weight_arrives_from_every_arrangement_of_ranks(tmp_path: Path, ru
     arrives(tmp_path, write_hybrid(tmp_path / "ckpt", LAYERS, arrangement, spelling, **EXPERTS, **changes, **bars))
 
 
-@pytest.mark.parametrize("run", [Run(), Run(tensor=2), Run(tensor=4)], ids=str)
+@pytest.mark.parametrize("run", [Run(), Run(tensor=2), Run(tensor=4)], ids=["TP1", "TP2", "TP4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_arrives_from_files_of_ranks(tmp_path: Path, kind: str, run: Run) -> None:
     arrives(tmp_path, write_hybrid(tmp_path / "ckpt", run=run, **KINDS[kind]))
@@ -131,7 +134,7 @@ def test_every_kind_arrives_from_a_distributed_checkpoint(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("changes", [{}, {"layers": "M*-M", "hybrid_override_pattern": "M*-M"}], ids=["alone", "mixed"])
-@pytest.mark.parametrize("run", [Run(), Run(tensor=2), Run(tensor=4)], ids=str)
+@pytest.mark.parametrize("run", [Run(), Run(tensor=2), Run(tensor=4)], ids=["TP1", "TP2", "TP4"])
 @pytest.mark.parametrize("spelling", ["te", "local"])
 def test_mamba_1_arrives(tmp_path: Path, run: Run, spelling: str, changes: dict[str, Any]) -> None:
     plan = arrives(tmp_path, write_hybrid(tmp_path / "ckpt", run=run, spelling=spelling, **{**MAMBA_1, **changes}))
@@ -197,3 +200,46 @@ def test_verify_sees_a_changed_weight_of_a_mixer(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert f"weights that differ from the checkpoint ({name})" in result.stderr
     assert name in tensors(tmp_path / "hf")
+
+
+def test_norms_that_are_not_fused_are_taken_with_the_epsilon_of_the_args_where_those_may_mean_it(
+    tmp_path: Path,
+) -> None:
+    bars = {"hybrid_override_pattern": None, "hybrid_layer_pattern": "M*"}
+    write_hybrid(tmp_path / "ckpt", "M*", spelling="local", layernorm_epsilon=1e-6, **bars)
+    plan = convert(tmp_path / "ckpt", tmp_path / "hf")
+    assert plan.config.layernorm_epsilon == 1e-6
+    assert any("not fused: Megatron ran them with 1e-5 until July 2026, then 1e-06" in note for note in plan.notes)
+
+
+def test_fused_norms_have_the_epsilon_of_the_args(tmp_path: Path) -> None:
+    write_hybrid(tmp_path / "ckpt", "M*", layernorm_epsilon=1e-6)
+    plan = convert(tmp_path / "ckpt", tmp_path / "hf")
+    assert not any("epsilon" in note or "fused" in note for note in plan.notes)
+
+
+def test_components_of_other_sizes_are_not_put_together(tmp_path: Path) -> None:
+    """z with a row of x: as many rows as there should be, and each of them in another place."""
+    write_hybrid_dist(tmp_path / "good", "M")
+    content = stored(tmp_path / "good")
+    z, x = (content[f"decoder.layers.0.mixer.in_proj.weight.{part}"] for part in "zx")
+    content["decoder.layers.0.mixer.in_proj.weight.z"] = torch.cat([z, x[:1]])
+    content["decoder.layers.0.mixer.in_proj.weight.x"] = x[1:].clone()
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    save(content, storage_writer=FileSystemWriter(tmp_path / "bad" / "iter_0000007"), no_dist=True)
+    with pytest.raises(Refused, match=r"33 \+ 31 \+ 24 \+ 24 \+ 8 are stored, the args say 32 \+ 32 \+ 24"):
+        convert(tmp_path / "bad", tmp_path / "hf")
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a distributed checkpoint, read by torch."""
+    reader = FileSystemReader(path / "iter_0000007")
+    metadata = reader.read_metadata().state_dict_metadata
+    content = {key: torch.empty(item.size, dtype=item.properties.dtype) for key, item in metadata.items()}
+    load(content, storage_reader=reader, no_dist=True)
+    return content
+
+
+def test_mixers_in_the_heads_alone_are_read_off_there(tmp_path: Path) -> None:
+    words = {"hybrid_override_pattern": None, "hybrid_layer_pattern": "*-/M", "mtp_num_layers": 1}
+    arrives(tmp_path, write_hybrid(tmp_path / "ckpt", "*-", heads="M", mixer=Mixer(expand=3), **words))

@@ -20,6 +20,9 @@ from tiny import LLAMA, MIXTURES, MLA, VARIANTS, tiny, tiny_hybrid, tokens
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from megahf.models import moe
+from megahf.models.ops import grouped_linear
+
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 VOCABULARY = {"vocab_size": 62}  # which two processes can share out evenly, as transformers 5.17 still asks
 DENSE = ["gpt2", "llama", "sinks", "off by one", "window and sinks", "gate and norms", "further tokens"]
@@ -63,6 +66,9 @@ sys.modules["megahf"] = None  # an import of it fails
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+
+from megahf.models import moe
+from megahf.models.ops import grouped_linear
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 first, root = dist.get_rank() == 0, Path(sys.argv[1])
@@ -211,3 +217,42 @@ def test_each_process_has_its_half_of_what_is_shared(way: str, name: str, parall
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_share_out_is_refused_in_words(name: str, parallel: Path) -> None:
     assert REFUSED[name][2] in torch.load(parallel / folder_of(f"refused {name}") / "refused.pt")
+
+
+class Undefined(torch.autograd.Function):
+    """Makes rows from `start` on NaN, and their gradients: a grouped matmul does not define those of no group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, start: int) -> torch.Tensor:
+        ctx.start = start
+        return torch.cat((x[:start], torch.full_like(x[start:], torch.nan)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return Undefined.forward(ctx, grad, ctx.start), None
+
+
+@pytest.mark.parametrize("name", ["experts", "gated experts with biases"])
+def test_experts_that_others_hold_leave_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def undefined(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return Undefined.apply(grouped_linear(Undefined.apply(x, int(ends[-1])), weight, ends), int(ends[-1]))
+
+    monkeypatch.setattr(moe, "grouped_linear", undefined)
+    experts = tiny(**MIXTURES[name]).model.decoder.layers[1].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 32, generator=generator).requires_grad_()
+    weights = torch.rand(6, 2, generator=generator).requires_grad_()
+    chosen = torch.tensor([[0, 4], [4, 4], [1, 0], [4, 2], [3, 1], [4, 4]])  # 4: held elsewhere
+    experts._is_expert_parallel = True
+    out = experts(hidden, chosen, weights)
+    out.square().sum().backward()
+    assert not out[[1, 5]].any() and not hidden.grad[[1, 5]].any() and not weights.grad[chosen == 4].any()
+    found = out.detach(), hidden.grad, weights.grad, [x.grad for x in experts.parameters()]
+    hidden.grad = weights.grad = None
+    experts.zero_grad()
+    experts._is_expert_parallel, masked = False, weights.masked_fill(chosen == 4, 0)
+    monkeypatch.undo()
+    out = experts(hidden, chosen.clamp(max=3), masked)
+    out.square().sum().backward()
+    expected = out.detach(), hidden.grad, weights.grad, [x.grad for x in experts.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

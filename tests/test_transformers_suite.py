@@ -3,12 +3,13 @@
 The tests come from transformers' source distribution (`fetch_transformers_tests.py`), in the installed version.
 PipelineTesterMixin is left out: all its tests load tiny models from the Hub, which knows none of this architecture
 (tests/test_pipeline.py is ours). What is skipped the suite skips itself, as for Llama: what needs a GPU, more than two
-cores or a package that is not installed, and what asks after parts that a dense decoder has not. No test is overridden.
+cores or a package that is not installed, and what asks after parts that a decoder of text has not. None is overridden.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import unittest
 from pathlib import Path
@@ -17,11 +18,15 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from tiny import LLAMA, tiny_config
+from tiny import LLAMA, MIXTURES, tiny_config
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto import modeling_auto
 from transformers.utils import TransformersKwargs
 
 from megahf.models.configuration_mcore import McoreGPTConfig
+from megahf.models.modeling_mcore import McorePreTrainedModel
 from megahf.models.modeling_mcore_gpt import (
     McoreGPTForCausalLM,
     McoreGPTForQuestionAnswering,
@@ -39,7 +44,7 @@ if not SUITE.is_dir():
     )
 sys.path.insert(0, str(SUITE))
 
-from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin  # noqa: E402
+from transformers_tests import test_fsdp_mixin, test_modeling_common, test_tensor_parallel_mixin  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_fsdp_mixin import FSDPTesterMixin  # noqa: E402
 from transformers_tests.test_modeling_common import (  # noqa: E402
@@ -101,12 +106,31 @@ class Suite(ModelTesterMixin, GenerationTesterMixin):
             names = patch.dict(getattr(modeling_auto, table), {"mcore_gpt": model.__name__})
             names.start()
             self.addCleanup(names.stop)
+        self.ask_for_own_parts()
         # The suite asks for attention weights where the annotation of **kwargs names them as an object, not in words.
         for model in self.all_model_classes:
             annotations = inspect.unwrap(model.forward).__annotations__
             kwargs = patch.dict(annotations, {"kwargs": Unpack[TransformersKwargs]})
             kwargs.start()
             self.addCleanup(kwargs.stop)
+
+    def ask_for_own_parts(self) -> None:
+        """Has the suite look for the parts that the options have: it takes every model of a class to be made alike."""
+        config = self.model_tester.get_config()
+        experts, biased = any(config.moe_layers), config.moe_router_enable_expert_bias
+        for patched in (
+            patch.object(McorePreTrainedModel, "_can_set_experts_implementation", classmethod(lambda cls: experts)),
+            patch.object(McorePreTrainedModel, "_keep_in_fp32_modules_strict", ["expert_bias"] if biased else []),
+            patch.object(test_modeling_common, "get_model_conversion_mapping", own_renamings),
+        ):
+            patched.start()
+            self.addCleanup(patched.stop)
+
+
+def own_renamings(model: PreTrainedModel, **options: Any) -> list[WeightRenaming]:
+    """The renamings between disk and run time of what this model has."""
+    renamings, names = get_model_conversion_mapping(model, **options), list(model.state_dict())
+    return [one for one in renamings if any(re.search(one.target_patterns[0], name) for name in names)]
 
 
 class TestLlamaLike(Suite, TrainingTesterMixin, TensorParallelTesterMixin, FSDPTesterMixin, unittest.TestCase):
@@ -151,3 +175,15 @@ class TestTheRest(Suite, unittest.TestCase):
         "mup_embedding_mult": 3.0,
         "mup_output_mult": 0.5,
     }
+
+
+class TestExperts(Suite, unittest.TestCase):
+    """Experts on every second layer, shared ones with a gate, biases, auxiliary losses."""
+
+    options: ClassVar[dict[str, Any]] = {**MIXTURES["experts"], "add_bias_linear": True, "moe_router_bias": True}
+
+
+class TestLatentsAndExperts(Suite, unittest.TestCase):
+    """Multi-latent attention, experts chosen in groups with a bias, and a head for a further token."""
+
+    options: ClassVar[dict[str, Any]] = MIXTURES["latents and experts"]

@@ -312,7 +312,7 @@ def test_every_layout_of_experts_is_the_same_weight(at: str, key: str, layout: s
     ],
 )
 def test_what_is_no_spelling_is_not_recognised(key: str) -> None:
-    assert recognise(key) == []
+    assert recognise(key) == ()
     assert ignored(key) is None
 
 
@@ -330,7 +330,7 @@ def test_what_is_no_spelling_is_not_recognised(key: str) -> None:
 )
 def test_what_is_left_out_has_a_reason(key: str) -> None:
     assert ignored(key)
-    assert recognise(key) == []
+    assert recognise(key) == ()
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[f"{row.name}, {row.when}" for row in TABLE])
@@ -349,7 +349,7 @@ def test_no_weight_is_left_out_or_taken_for_another_models(row: Row) -> None:
     ],
 )
 def test_weights_of_models_to_come_are_known_by_name(key: str, kind: str) -> None:
-    assert recognise(key) == []
+    assert recognise(key) == ()
     assert foreign(key) == kind
 
 

@@ -123,6 +123,8 @@ def possible(case: HybridCase) -> bool:
         return False
     if kind["mamba_num_groups"] % layout["tensor_model_parallel_size"] and "M" in (pattern(kind) or "M"):
         return False  # "ngroups must be evenly divisible by tp_size"
+    if case.spec == "local" and "layernorm_epsilon" in kind and not case.format.endswith(":main"):
+        return False  # 0.16.1's own unfused norm takes no epsilon, the judge's does: megahf refuses such files
     return not refused(case.arguments, case.format)
 
 
