@@ -23,9 +23,13 @@ check: .venv/test
 judge: .venv/test  ## the whole matrix against real Megatron; the record goes to conversion/results
 	.venv/bin/python tests/megatron/matrix.py conversion/results/judge_$(shell date +%F).md
 
-bench: .venv/test  ## conversion against cp, the model against transformers' Llama
+bench: .venv/test  ## conversion against cp, the models against transformers' own
 	.venv/bin/python benchmarks/convert.py
 	.venv/bin/python benchmarks/generate.py
+	.venv/bin/python benchmarks/experts.py
+	.venv/bin/python benchmarks/hybrid.py
+	.venv/bin/python benchmarks/hybrid.py --memory
+	.venv/bin/python benchmarks/ssd.py
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -11,13 +11,11 @@ prefill of their first layers, each in a process of its own. Both are loaded wit
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from megahf import McoreGPTConfig, McoreGPTForCausalLM
-
 sys.path.insert(0, str(Path(__file__).parent))
+import mirror
+from measure import Model, decode, in_child, peak, prefill, turns
 from record import command, machine, markdown, versions, write
 
 DECODE = 32  # tokens of a decode measurement
@@ -57,63 +55,18 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
         return type(model).from_pretrained(folder, dtype=model.dtype).eval()
 
 
-def mirrored(llama: PreTrainedModel) -> McoreGPTForCausalLM:
-    """The same weights in Megatron's layout: QKV by groups, gate | up."""
-    c = llama.config
-    config = McoreGPTConfig(
-        vocab_size=c.vocab_size, num_layers=c.num_hidden_layers, hidden_size=c.hidden_size,
-        ffn_hidden_size=c.intermediate_size, num_attention_heads=c.num_attention_heads,
-        num_query_groups=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
-        position_embedding_type="rope", rotary_base=float(c.rope_parameters["rope_theta"]), normalization="RMSNorm",
-        layernorm_epsilon=c.rms_norm_eps, add_bias_linear=False, activation_func="silu", gated_linear_unit=True,
-        tie_word_embeddings=c.tie_word_embeddings, eos_token_id=c.eos_token_id, bos_token_id=c.bos_token_id,
-    )  # fmt: skip
-    model = McoreGPTForCausalLM._from_config(config, dtype=llama.dtype).eval()
-    theirs = llama.model
-    with torch.no_grad():
-        model.model.embedding.word_embeddings.weight.copy_(theirs.embed_tokens.weight)
-        model.model.decoder.final_layernorm.weight.copy_(theirs.norm.weight)
-        for ours, layer in zip(model.model.decoder.layers, theirs.layers, strict=True):
-            attention, groups = layer.self_attn, c.num_key_value_heads
-            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            parts = [projection.weight.unflatten(0, (groups, -1)) for projection in projections]
-            ours.self_attention.linear_qkv.weight.copy_(torch.cat(parts, 1).flatten(0, 1))
-            ours.self_attention.linear_proj.weight.copy_(attention.o_proj.weight)
-            ours.mlp.linear_fc1.weight.copy_(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
-            ours.mlp.linear_fc2.weight.copy_(layer.mlp.down_proj.weight)
-            ours.self_attention.linear_qkv_layernorm.weight.copy_(layer.input_layernorm.weight)
-            ours.mlp.linear_fc1_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
-    return model
-
-
-def prefill(model: Callable[..., object], tokens: Tensor) -> float:
-    """Seconds of one forward over `[1, s]` tokens, logits of the last position."""
-    start = time.perf_counter()
-    model(tokens, logits_to_keep=1, use_cache=True)
-    return time.perf_counter() - start
-
-
-def decode(model: Callable[..., object], tokens: Tensor) -> float:
+def decoding(model: Model, tokens: Tensor) -> float:
     """Seconds of `DECODE` greedy steps after a prefill of `[1, s]` tokens."""
-    out = model(tokens, logits_to_keep=1, use_cache=True)
-    token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-    start = time.perf_counter()
-    for _ in range(DECODE):
-        out = model(token, past_key_values=cache, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    return time.perf_counter() - start
+    return sum(decode(model, tokens, DECODE))
 
 
 def compare(
-    models: dict[str, Callable[..., object]], measure: Callable[..., float], tokens: Tensor, rounds: int
+    models: dict[str, Model], measure: Callable[[Model, Tensor], float], tokens: Tensor, rounds: int
 ) -> tuple[dict[str, float], float]:
     """Median seconds of each model, which take turns, and the median over the rounds of llama's over ours."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            seconds = measure(model, tokens)
-            if turn:  # the first warms up
-                times[name].append(seconds)
+    calls = {name: partial(measure, model, tokens) for name, model in models.items()}
+    turns(calls, 1)  # to warm up
+    times = turns(calls, rounds)
     ratios = [llama / ours for llama, ours in zip(times["llama"], times["mcore"], strict=True)]
     return {name: statistics.median(values) for name, values in times.items()}, statistics.median(ratios)
 
@@ -123,7 +76,7 @@ def speed(rounds: int, lengths: list[int], modes: list[str]) -> list[tuple[objec
     rows: list[tuple[object, ...]] = []
     for dtype in (torch.float32, torch.bfloat16):
         first = smollm2(dtype)
-        llama, ours = reloaded(first), reloaded(mirrored(first))
+        llama, ours = reloaded(first), reloaded(mirror.gpt(first))
         check = torch.arange(100, 164)[None]
         difference = (llama(check).logits - ours(check).logits).abs().max().item()
         print(f"{dtype}: largest difference of logits {difference:.1e}", flush=True)
@@ -131,7 +84,7 @@ def speed(rounds: int, lengths: list[int], modes: list[str]) -> list[tuple[objec
             models = {"llama": llama, "mcore": ours}
             if mode == "compile":
                 models = {name: torch.compile(model, dynamic=True) for name, model in models.items()}
-            tasks = [("prefill", prefill, length, length) for length in lengths] + [("decode", decode, 128, DECODE)]
+            tasks = [("prefill", prefill, length, length) for length in lengths] + [("decode", decoding, 128, DECODE)]
             for what, measure, length, count in tasks:
                 tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
                 seconds, ratio = compare(models, measure, tokens, rounds)
@@ -148,33 +101,19 @@ def speed(rounds: int, lengths: list[int], modes: list[str]) -> list[tuple[objec
 def memory_of(which: str, length: int, pad: int) -> None:
     """Child process: MiB that a prefill of `length` tokens, `pad` of them padding on the left, takes at its peak."""
     first = smollm2(torch.bfloat16, LAYERS)
-    model = reloaded(mirrored(first) if which == "mcore" else first)
+    model = reloaded(mirror.gpt(first) if which == "mcore" else first)
     del first
     tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[:, :pad] = 0
     model(tokens[:, :64], attention_mask=mask[:, -64:], logits_to_keep=1)
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left on the heap would be filled before the peak rises
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    model(tokens, attention_mask=mask if pad else None, logits_to_keep=1, use_cache=True)
-    print((status("VmHWM") - before) // 1024)
-
-
-def status(name: str) -> int:
-    """KiB of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1])
+    print(peak(lambda: model(tokens, attention_mask=mask if pad else None, logits_to_keep=1, use_cache=True)))
 
 
 def memory(length: int) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for pad in (0, 5):
-        peaks = {}
-        for which in ("llama", "mcore"):
-            command = [sys.executable, __file__, "--child", which, str(length), str(pad)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            peaks[which] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
+        peaks = {which: in_child(which, length, pad) for which in ("llama", "mcore")}
         ratio = round(peaks["mcore"] / peaks["llama"], 3) if all(peaks.values()) else None
         what = f"peak of a prefill of {length}, {LAYERS} layers, left pad {pad}"
         row = (what, "bfloat16", "eager", peaks["llama"], peaks["mcore"], ratio, "MiB")

@@ -10,9 +10,7 @@ and writes `results/ssd_<hardware>_<date>.{csv,md}`.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from megahf.models.mamba import MambaMixer
 from megahf.models.mamba1 import Mamba1Mixer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from generate import status
+from measure import in_child, peak
 from record import command, machine, markdown, versions, write
 
 DECODE = 64  # tokens of a decode measurement
@@ -127,21 +125,15 @@ def memory_of(size: str, which: str, length: int) -> None:
     theirs, ours, config = pair(size)
     mixer, hidden = ours if which == "mcore" else theirs, torch.randn(1, length, config.hidden_size)
     call(mixer, hidden[:, :256], None)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    call(mixer, hidden, DynamicCache(config=config))
-    print((status("VmHWM") - before) // 1024)
+    print(peak(lambda: call(mixer, hidden, DynamicCache(config=config))))
 
 
 def memory(size: str, length: int) -> list[tuple[object, ...]]:
     """The peaks at a length, and ours at twice that."""
-
-    def peak(which: str, length: int) -> int:
-        command = [sys.executable, __file__, "--child", size, which, str(length)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-    theirs, ours, twice = peak("transformers", length), peak("mcore", length), peak("mcore", 2 * length)
+    sides = (("transformers", length), ("mcore", length), ("mcore", 2 * length))
+    theirs, ours, twice = (in_child(size, *side) for side in sides)
+    if theirs is None or ours is None or twice is None:
+        sys.exit("a measurement of memory did not end well")
     rows: list[tuple[object, ...]] = [
         (size, f"peak of a prefill of {length}", theirs, ours, round(theirs / ours, 2), "MiB"),
         (size, f"peak of a prefill of {2 * length}", "-", twice, "-", "MiB"),

@@ -148,8 +148,6 @@ class McoreGPTModel(McoreGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         words = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # [b, s, h]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         positions = self.positions(words, past_key_values) if position_ids is None else position_ids
         hidden = self.embedding(words, positions)
         masks, layout = plan(

@@ -104,14 +104,20 @@ def grouped_experts(self: Experts, hidden: Tensor, experts: Tensor, weights: Ten
     numbers = torch.arange(self.num_experts, device=experts.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     weights = weights.flatten()[order, None]
-    outs = []
+    out, outs = None, []
     for first, last, start, end in blocks(ends, tokens * k, self.gate_up_proj):
         mine, rows = slice(first, last), slice(start, end)
         x = hidden.index_select(0, order[rows] // k)
-        outs.append(run_block(self, x, experts[rows], weights[rows], ends[mine] - start, mine))
-    x = outs[0] if len(outs) == 1 else torch.cat(outs)  # [t k, h]
-    x = torch.empty_like(x).index_copy_(0, order, x)  # as the tokens were
-    return x.unflatten(0, (tokens, k)).sum(dim=1).to(hidden.dtype)
+        x = run_block(self, x, experts[rows], weights[rows], ends[mine] - start, mine)
+        if torch.is_grad_enabled():  # writing into one tensor again and again would cost the backward pass copies of it
+            outs.append(x)
+        else:
+            out = x.new_empty(tokens * k, x.shape[1]) if out is None else out
+            out.index_copy_(0, order[rows], x)  # as the tokens were
+    if out is None:
+        x = outs[0] if len(outs) == 1 else torch.cat(outs)  # [t k, h]
+        out = torch.empty_like(x).index_copy_(0, order, x)
+    return out.unflatten(0, (tokens, k)).sum(dim=1).to(hidden.dtype)
 
 
 def run_block(self: Experts, x: Tensor, experts: Tensor, weights: Tensor, ends: Tensor, mine: slice) -> Tensor:
@@ -135,7 +141,7 @@ def run_block(self: Experts, x: Tensor, experts: Tensor, weights: Tensor, ends: 
 def blocks(ends: Tensor, rows: int, weight: Tensor) -> list[tuple[int, int, int, int]]:
     """First and last expert, first and last row of what is to run at once: all, or on a CPU what memory is quick for.
 
-    Measured there at 4096 tokens: 1.0 to 1.3 times as fast as all at once, as fast or faster below.
+    Measured there at 2048 tokens: 1.15 to 1.3 times as fast as all at once in float32, 1.0 to 1.1 times in bfloat16.
     """
     whole = [(0, len(ends), 0, rows)]
     if ends.device.type != "cpu" or torch.compiler.is_compiling() or rows * weight.shape[1] <= BLOCK:
