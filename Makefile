@@ -13,7 +13,7 @@ demo: .venv/demo  ## a real model through real Megatron and back, then it answer
 	.venv/bin/megahf demo
 
 test: .venv/test check  ## what CI runs
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 check: .venv/test
 	.venv/bin/ruff check .

@@ -31,23 +31,26 @@ ALL_SPECS = {**SPECS, **GROUPED_SPECS}
 
 EVERYDAY = (
     ("kind", "tensor parallel"),
-    ("kind", "pipelined"),
     ("kind", "distributed"),
     ("kind", "TE"),
-    ("layout", "format"),
+    ("layout", "distributed"),
     ("layout", "TE"),
     ("format", "spec"),
     ("format", "dtype"),
     ("spec", "dtype"),
 )
-THOROUGH = (*EVERYDAY, ("kind", "layout"), ("kind", "format"), ("kind", "dtype"))
+THOROUGH = (
+    *EVERYDAY,
+    ("kind", "pipelined"),
+    ("kind", "layout"),
+    ("kind", "format"),
+    ("kind", "dtype"),
+    ("layout", "format"),
+)
 EVERYDAY_MIXTURES = (
     ("kind", "tensor parallel"),
-    ("kind", "expert parallel"),
     ("kind", "distributed"),
-    ("kind", "grouped"),
     ("layout", "distributed"),
-    ("layout", "TE"),
     ("layout", "grouped"),
     ("format", "spec"),
     ("format", "dtype"),
@@ -55,6 +58,9 @@ EVERYDAY_MIXTURES = (
 )
 THOROUGH_MIXTURES = (
     *EVERYDAY_MIXTURES,
+    ("kind", "expert parallel"),
+    ("kind", "grouped"),
+    ("layout", "TE"),
     ("kind", "layout"),
     ("kind", "format"),
     ("kind", "spec"),
