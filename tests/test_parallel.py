@@ -66,9 +66,6 @@ sys.modules["megahf"] = None  # an import of it fails
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-
-from megahf.models import moe
-from megahf.models.ops import grouped_linear
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 first, root = dist.get_rank() == 0, Path(sys.argv[1])
