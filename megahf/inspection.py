@@ -226,6 +226,8 @@ def positions(config: Report) -> str:
         part = f", {config['rotary_percent']:.0%} of the channels" if config["rotary_percent"] != 1 else ""
         scaled = ", llama3 scaling" if config["use_rope_scaling"] else ""
         return f"{kind} (base {config['rotary_base']:g}{part}{scaled}), {config['max_position_embeddings']} positions"
+    if kind == "none":
+        return "no positions"
     return f"{kind.replace('_', ' ')} positions ({config['max_position_embeddings']})"
 
 
