@@ -183,6 +183,11 @@ def as_main_names(state: dict[str, Any]) -> dict[str, Any]:
     return type(state)((convolution.sub(r".mixer.conv1d_\1", name), value) for name, value in state.items())
 
 
+# A mixer's own weights, and between what they are drawn.
+DRAWN = {"A_log": (math.log(0.5), math.log(4)), "dt_bias": (-4.0, 0.0), "D": (0.3, 1.7)}
+CONVOLUTION = ("conv1d.weight", "conv1d.bias")
+
+
 def draw(weights: dict[str, Tensor], generator: torch.Generator) -> None:
     """The mixers' own weights again, in ranges where a state neither dies nor explodes.
 
@@ -195,11 +200,8 @@ def draw(weights: dict[str, Tensor], generator: torch.Generator) -> None:
         return torch.rand(like.shape, generator=generator) * (high - low) + low
 
     for name, weight in weights.items():
-        if name.endswith(".mixer.A_log"):
-            weight.data.copy_(uniform(weight, math.log(0.5), math.log(4)))
-        elif name.endswith(".mixer.dt_bias"):
-            weight.data.copy_(uniform(weight, -4, 0))
-        elif name.endswith(".mixer.D"):
-            weight.data.copy_(uniform(weight, 0.3, 1.7))
-        elif ".mixer.conv1d." in name:
+        own = name.rpartition("mixer.")[2]
+        if own in DRAWN:
+            weight.data.copy_(uniform(weight, *DRAWN[own]))
+        elif own in CONVOLUTION:
             weight.data.mul_(0.5)

@@ -37,6 +37,8 @@ class McoreGPTConfig(PreTrainedConfig):
         "num_experts_per_tok": "moe_router_topk",
         "moe_intermediate_size": "moe_ffn_hidden_size",
         "initializer_range": "init_method_std",
+        "rms_norm_eps": "layernorm_epsilon",
+        "layer_norm_eps": "layernorm_epsilon",
     }
     base_model_fsdp_plan = {  # noqa: RUF012
         "embedding.word_embeddings": "free_full_weight",

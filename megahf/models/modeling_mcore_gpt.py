@@ -103,6 +103,10 @@ class McoreGPTPreTrainedModel(McorePreTrainedModel):
         "router_logits": OutputRecorder(TopKRouter, index=0),
     }
 
+    def build_body(self, heads: bool = False) -> McoreGPTModel:
+        """The base model under a class's head; with the heads for further tokens if `heads`."""
+        return McoreGPTModel(self.config, heads)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.embedding.word_embeddings
 
@@ -186,7 +190,7 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: McoreGPTConfig) -> None:
         super().__init__(config)
-        self.model = McoreGPTModel(config, heads=True)
+        self.model = self.build_body(heads=True)
         self.output_layer: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -342,7 +346,7 @@ class McoreGPTForSequenceClassification(GenericForSequenceClassification, McoreG
         # Past the generic class, which asks AutoModel for the body: that knows no class that travels as code.
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
-        self.model = McoreGPTModel(config)
+        self.model = self.build_body()
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -353,7 +357,7 @@ class McoreGPTForTokenClassification(GenericForTokenClassification, McoreGPTPreT
     def __init__(self, config: McoreGPTConfig) -> None:
         super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
-        self.model = McoreGPTModel(config)
+        self.model = self.build_body()
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -367,7 +371,7 @@ class McoreGPTForQuestionAnswering(GenericForQuestionAnswering, McoreGPTPreTrain
 
     def __init__(self, config: McoreGPTConfig) -> None:
         super(GenericForQuestionAnswering, self).__init__(config)
-        self.model = McoreGPTModel(config)
+        self.model = self.build_body()
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 

@@ -12,11 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_mcore_hybrid import McoreHybridConfig
@@ -87,6 +82,9 @@ class McoreHybridPreTrainedModel(McoreGPTPreTrainedModel):
         "hidden_states": [TransformerLayer, MambaLayer],
     }
 
+    def build_body(self, heads: bool = False) -> McoreHybridModel:
+        return McoreHybridModel(self.config, heads)
+
     @property
     def _is_stateful(self) -> bool:
         """Whether a token once taken in cannot be taken back; transformers refuses assisted generation then."""
@@ -145,12 +143,6 @@ class McoreHybridModel(McoreHybridPreTrainedModel, McoreGPTModel):
 class McoreHybridForCausalLM(McoreHybridPreTrainedModel, McoreGPTForCausalLM):
     """Tokens to logits of the next token."""
 
-    def __init__(self, config: McoreHybridConfig) -> None:
-        super(McoreGPTForCausalLM, self).__init__(config)
-        self.model = McoreHybridModel(config, heads=True)
-        self.output_layer: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """As the GPT's, but the heads do not draft: a state would have to be taken back with a rejected token."""
         if getattr(generation_config, "use_mtp", None):
@@ -177,34 +169,13 @@ class McoreHybridForCausalLM(McoreHybridPreTrainedModel, McoreGPTForCausalLM):
 class McoreHybridForSequenceClassification(McoreHybridPreTrainedModel, McoreGPTForSequenceClassification):
     """Tokens to one score a label, read at each row's last token."""
 
-    def __init__(self, config: McoreHybridConfig) -> None:
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = McoreHybridModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
 
 class McoreHybridForTokenClassification(McoreHybridPreTrainedModel, McoreGPTForTokenClassification):
     """Tokens to one score a label and token."""
 
-    def __init__(self, config: McoreHybridConfig) -> None:
-        super(GenericForTokenClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = McoreHybridModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
 
 class McoreHybridForQuestionAnswering(McoreHybridPreTrainedModel, McoreGPTForQuestionAnswering):
     """Tokens to the scores of an answer's start and end."""
-
-    def __init__(self, config: McoreHybridConfig) -> None:
-        super(GenericForQuestionAnswering, self).__init__(config)
-        self.model = McoreHybridModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
 
 
 register_names("mcore_hybrid", *PREFIXES, *NORMS, *EXPERTS)
