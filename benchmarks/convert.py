@@ -38,10 +38,11 @@ COPY = """
 import os, sys, time
 from pathlib import Path
 from megahf.execute import Checks
-from megahf.export import MAX_SHARD_SIZE, carry_out, plan_for
+from megahf.export import job_for, plan_for
+from megahf.writing import carry_out
 source, target, checksums = sys.argv[1:]
 plan, start = plan_for(source), time.perf_counter()
-carry_out(plan, Path(target), MAX_SHARD_SIZE, None, Checks(checksums == "1", False), False, lambda size: None)
+carry_out(plan, job_for(plan), Path(target), Checks(checksums == "1", False), False, lambda size: None)
 os.sync()
 print(time.perf_counter() - start)
 """

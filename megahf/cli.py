@@ -31,6 +31,29 @@ tokenizer = click.option(
 )
 
 
+# How a Megatron checkpoint is written: option, keyword of `Target.of`, type, what it is.
+LAYOUT: tuple[tuple[str, str, Any, str], ...] = (
+    ("--tp", "tp", int, "Tensor-parallel ranks."),
+    ("--pp", "pp", int, "Pipeline stages."),
+    ("--vpp", "vpp", int, "Chunks of layers that each stage holds."),
+    ("--ep", "ep", int, "Ranks that share out the experts."),
+    ("--etp", "etp", int, "Tensor-parallel ranks of the experts; as --tp by default."),
+    ("--first", "first", int, "Layers of the first stage."),
+    ("--last", "last", int, "Layers of the last stage."),
+    ("--layout", "layout", str, "The layers of every stage: Et|t|tt|L; of a hybrid, its pattern with | between."),
+    ("--format", "format", click.Choice(["torch", "torch_dist"]), "Of the files; torch_dist by default."),
+    ("--experts", "experts", click.Choice(["sequential", "te-grouped", "legacy-grouped"]), "How experts are stored."),
+    ("--te/--local", "engine", None, "Whose layers: Transformer Engine's, as by default, or Megatron's own."),
+    ("--make-vocab-size-divisible-by", "divisible_by", int, "Times --tp: rows of the vocabulary; 128 by default."),
+)
+
+
+def layout_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option, keyword, kind, words in reversed(LAYOUT):
+        command = click.option(option, keyword, type=kind, default=None, help=f"[megatron] {words}")(command)
+    return command
+
+
 class Commands(click.Group):
     """Refusals as one line each and exit code 1; an interrupted run as exit code 130."""
 
@@ -71,6 +94,7 @@ def inspect(checkpoint: Path, true_vocab_size: int | None, as_json: bool) -> Non
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", metavar="KIND", help="hf, megatron, or an architecture of transformers' own, such as llama.")
 @dtype
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Size of a safetensors file.")
 @vocabulary
@@ -80,45 +104,89 @@ def inspect(checkpoint: Path, true_vocab_size: int | None, as_json: bool) -> Non
 @click.option("--no-checksums", is_flag=True, help="Trust the source: check no CRC, digest no weight.")
 @click.option("--overwrite", is_flag=True, help="Replace TARGET.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and that it can be.")
-def convert(source: Path, target: Path, dry_run: bool, no_checksums: bool, **options: Any) -> None:
-    """Convert the Megatron checkpoint SOURCE into the folder TARGET, for AutoModelForCausalLM."""
-    from .execute import Checks, memory_bound
-    from .export import carry_out, dry_run_of, plan_for
-    from .plan import amount
+@layout_options
+def convert(
+    source: Path,
+    target: Path,
+    to: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    true_vocab_size: int | None,
+    tokenizer: Path | None,
+    strict: bool,
+    refuse_nonfinite: bool,
+    no_checksums: bool,
+    overwrite: bool,
+    dry_run: bool,
+    **layout: Any,
+) -> None:
+    """Convert SOURCE into TARGET.
 
-    plan = plan_for(source, options["dtype"], options["true_vocab_size"], options["tokenizer"], options["strict"])
+    A Megatron checkpoint becomes a folder for AutoModelForCausalLM, or with --to one of transformers' own
+    architectures, or a Megatron checkpoint of another layout. A Hugging Face folder becomes a Megatron checkpoint.
+    """
+    from .execute import Checks, memory_bound
+    from .export import direction, job_for, plan_for
+    from .plan import amount
+    from .writing import carry_out, check
+
+    to = to or direction(source)
+    plan = plan_for(source, dtype, true_vocab_size, tokenizer, strict, keep_padding=to == "megatron")
+    given = {name: value for name, value in layout.items() if value is not None}
+    job = job_for(plan, to, max_shard_size, tokenizer, **given)
     click.echo(plan.summary())
     if dry_run:
-        dry_run_of(plan, target, options["max_shard_size"], options["overwrite"])
+        check(plan, target, overwrite)
         buffers = amount(memory_bound(plan.copies))
-        click.echo(f"would write {amount(plan.nbytes)} to {target}, with at most {buffers} in memory")
+        files = f"{len(job.outputs)} file{'s' * (len(job.outputs) > 1)}"
+        click.echo(f"would write {amount(job.nbytes)} in {files} to {target}, with at most {buffers} in memory")
         return
-    checks = Checks(not no_checksums, options["refuse_nonfinite"])
-    with bar("converting", plan.nbytes) as progress:
-        carry_out(plan, target, options["max_shard_size"], options["tokenizer"], checks, options["overwrite"], progress)
-    click.echo(f"wrote {target}: {len(plan.copies)} weights, {amount(plan.nbytes)}")
+    with bar("converting", sum(copy.nbytes for output in job.outputs for copy in output.weights)) as progress:
+        carry_out(plan, job, target, Checks(not no_checksums, refuse_nonfinite), overwrite, progress)
+    click.echo(f"wrote {target}: {len(plan.copies)} weights, {amount(job.nbytes)}")
+    for line in job.afterwards(target):
+        click.echo(line)
     if no_checksums:
         click.echo("the source's integrity was not checked (--no-checksums)")
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
 @click.option(
     "--logits",
     is_flag=True,
     help="Also compare logits with megatron-core's, which unpickles SOURCE: only for one you trust.",
 )
-def verify(source: Path, folder: Path, logits: bool) -> None:
-    """Derive every weight of FOLDER again from the checkpoint SOURCE and compare bit for bit."""
+def verify(source: Path, target: Path, logits: bool) -> None:
+    """Compare every weight of TARGET, which `convert` wrote, with SOURCE bit for bit."""
     from .plan import amount
-    from .verification import folder_size, verify, verify_logits
+    from .verification import size_of, verify, verify_logits
 
-    with bar("verifying", folder_size(folder)) as progress:
-        result = verify(source, folder, progress=progress)
+    with bar("verifying", size_of(target)) as progress:
+        result = verify(source, target, progress=progress)
     click.echo(f"{result.weights} weights, {amount(result.nbytes)}: equal bit for bit")
     if logits:
-        click.echo(f"largest difference of fp32 logits from megatron-core's: {verify_logits(source, folder):.2e}")
+        click.echo(f"largest difference of fp32 logits from megatron-core's: {verify_logits(source, target):.2e}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="The repository must be a private one.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch, which is made where it is missing.")
+@click.option("--message", help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent; nothing is asked of the Hub.")
+def push(folder: Path, repo: str, private: bool, revision: str | None, message: str | None, dry_run: bool) -> None:
+    """Upload FOLDER, which `convert` wrote, to the repository REPO of the Hugging Face Hub, in one commit."""
+    from .push import page, parcel, push
+
+    if dry_run:
+        click.echo(page(parcel(folder), repo, revision, private))
+        return
+    done = push(folder, repo, private=private, revision=revision, message=message)
+    click.echo(f"{done.url}{'' if done.changed else ': all of it was there already'}")
+    click.echo(f'load it with from_pretrained("{done.repo}", revision="{done.commit}", trust_remote_code=True)')
 
 
 @main.command()

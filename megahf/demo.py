@@ -1,6 +1,7 @@
 """`megahf demo`: a real model goes through real Megatron and back, and answers where neither can be imported.
 
-Online, the model is SmolLM2 and the truth about it transformers' own Llama; offline it is a sample that comes with
+Online, the model is SmolLM2, which megahf writes for Megatron at two layouts, and the truth about it transformers' own
+Llama; offline it is a sample that comes with
 megahf, which real Megatron wrote, and the truth what Megatron's own model said when it was made.
 """
 
@@ -21,14 +22,18 @@ import click
 
 from . import smollm2, stranger
 from .errors import refuse
+from .judge import megatron_installed
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import LlamaForCausalLM
 
 SAMPLE = Path(__file__).with_name("samples") / "zen"
 HYBRID = SAMPLE.with_name("globe")
 QUESTION = "What is gravity? Answer in one sentence."
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 100}
+TAKEN_IN: dict[str, Any] = {"tp": 3, "pp": 2, "format": "torch_dist"}
+RECUT: dict[str, Any] = {"tp": 1, "pp": 5, "vpp": 2, "format": "torch"}
 TOLERANCE = 1e-4  # fp32 logits up to 40: Llama's own eager and sdpa differ by as much, a misplaced row by far more
 
 
@@ -135,49 +140,79 @@ def sample(prompt: str | None, which: str = "offline") -> Subject:
 
 
 def through_megatron(place: Path, prompt: str | None) -> Subject:
-    """SmolLM2, taken in by Megatron's own GPTModel and saved by it at TP3 x PP2."""
-    from .judge import MEGATRON, require_megatron
-    from .judge.bench import Bench
+    """SmolLM2 as a Megatron checkpoint at TP3 x PP2, and that again at PP5 with two chunks a stage."""
+    from .export import convert
 
-    require_megatron()
     file = smollm2.gguf_file()
     with step(f"transformers reads SmolLM2-135M-Instruct from {file.name}") as results:
         model, tokenizer = smollm2.load(file)
-        tokenizer.save_pretrained(place / "tokenizer")
+        smollm2.save(model, place / "smollm2")
+        tokenizer.save_pretrained(place / "smollm2")
         results.append(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")
-    with step(f"{MEGATRON} takes the weights into its GPTModel and saves them at TP3 x PP2 as torch_dist") as results:
-        import torch
-
-        torch.save(smollm2.megatron_state(model), place / "weights.pt")
-        layout = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2}
-        with Bench(size=6) as bench:
-            bench.save_weights(smollm2.arguments(model.config) | layout, place / "weights.pt", place / "megatron")
-        for spent in (place / "weights.pt", place / "megatron" / "reference.pt"):
-            spent.unlink()
-        results.append(f"{sum(1 for _ in (place / 'megatron').rglob('*.distcp'))} files by 6 processes")
+    for source, target, layout in (("smollm2", "megatron", TAKEN_IN), ("megatron", "recut", RECUT)):
+        sizes = " ".join(f"--{name} {value}" for name, value in layout.items())
+        with step(f"megahf convert {source} {target} --to megatron {sizes}") as results:
+            convert(place / source, place / target, to="megatron", **layout)
+            results.append(f"{sum(1 for _ in (place / target).rglob('*.[dp]*t*'))} files")
+    if megatron_installed():
+        judged(place, model)
+    else:
+        click.echo("megatron-core is not installed: it is not asked whether it loads them")
 
     def truth(spoken: Spoken) -> Spoken:
+        import torch
+
         with torch.inference_mode():
             question = torch.from_numpy(spoken.input_ids[None, : spoken.prompt])  # [1, s]
             said = model.generate(question, **GREEDY)
             logits = model(said).logits[0, spoken.prompt - 1 : -1]
             return Spoken(said[0].numpy(), spoken.prompt, logits.numpy())
 
-    return Subject(place / "megatron", place / "tokenizer", [prompt or QUESTION], "transformers' own Llama", truth)
+    return Subject(place / "recut", place / "smollm2", [prompt or QUESTION], "transformers' own Llama", truth)
+
+
+def judged(place: Path, model: LlamaForCausalLM) -> None:
+    """Megatron makes its own checkpoint of the weights, and loads both of megahf's in every rank.
+
+    Raises:
+        Refused: weights that are not Megatron's to the bit, or logits that are not.
+    """
+    import torch
+
+    from .judge import MEGATRON
+    from .judge.bench import Bench
+    from .verification import verify
+
+    with Bench(size=6) as bench:
+        with step(f"{MEGATRON} takes the weights into its GPTModel and saves them at TP3 x PP2 as torch_dist"):
+            torch.save(smollm2.megatron_state(model), place / "weights.pt")
+            sizes = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2}
+            bench.save_weights(smollm2.arguments(model.config) | sizes, place / "weights.pt", place / "judge")
+            (place / "weights.pt").unlink()
+        known = torch.load(place / "judge" / "reference.pt")
+        for name in ("megatron", "recut"):
+            with step(f"{MEGATRON} loads {name} in each of its ranks") as results:
+                verify(place / "judge", place / name)
+                difference = bench.difference(place / name, known)
+                if not difference <= TOLERANCE:
+                    raise refuse(f"Megatron's logits of it are {difference:.1e} off", place / name)
+                results.append(f"weights equal its own bit for bit, logits within {difference:.1e}")
 
 
 def publish(subject: Subject, hub: Path) -> Path:
     """What `megahf inspect` and `megahf convert` do."""
     from .execute import Checks
-    from .export import MAX_SHARD_SIZE, carry_out, plan_for
+    from .export import job_for, plan_for
     from .inspection import architecture
+    from .writing import carry_out
 
     with step("megahf inspect"):
         plan = plan_for(subject.checkpoint, tokenizer=subject.tokenizer)
     for line in (*plan.summary().splitlines(), *architecture(dict(vars(plan.config))).splitlines()):
         click.echo(f"    {line}")
     with step("megahf convert") as results:
-        carry_out(plan, hub, MAX_SHARD_SIZE, subject.tokenizer, Checks(), False, lambda size: None)
+        job = job_for(plan, tokenizer=subject.tokenizer)
+        carry_out(plan, job, hub, Checks(), False, lambda size: None)
         results.append(f"{plan.nbytes / 1e6:.1f} MB in {len(plan.copies)} weights, each digested")
     return hub
 

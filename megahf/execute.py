@@ -23,7 +23,7 @@ from .crc import combine
 from .errors import Problems, refuse
 from .plan import Copy
 from .reading import expect, memory_of, pread, read_scattered, scattered, span, turned
-from .tiles import Tile, Tiled, unstack
+from .tiles import Tile, Tiled, is_padding, unstack
 
 BUFFER = 1 << 20  # bytes of a piece: stays in a core's cache while it is read, checked, digested and written
 PANEL = 32 << 20  # bytes of a piece that lies transposed: its runs in the file are some thousand bytes each
@@ -139,7 +139,9 @@ def move(
         for box in boxes(array.shape, itemsize, **limit):
             values = pieces.gather(inside(array, box), 0)
             for where, other in zip(places, others, strict=True):
-                if not np.array_equal(values.view(np.uint8), pieces.gather(inside(other, box), 1).view(np.uint8)):
+                again = pieces.gather(inside(other, box), 1)
+                mine = values.reshape(-1).view(np.uint8) if again.dtype == values.dtype else cast(copy, values, checks)
+                if not np.array_equal(mine, again.reshape(-1).view(np.uint8)):
                     where = f"{copy.name}, also in {where}"
                     problems.add("stored twice and not equal", where, "the checkpoint is damaged")
                     return ""
@@ -160,6 +162,8 @@ def parts(array: Tiled, copy: Copy) -> Sequence[Tiled]:
 
 def cast(copy: Copy, values: np.ndarray, checks: Checks) -> np.ndarray:
     """`values` in the target's number format, as bytes; a number that becomes infinite is refused."""
+    if copy.plus:
+        values = values.astype(np.float32) + np.float32(copy.plus)
     narrow = copy.dtype != values.dtype
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
         target = values.astype(copy.dtype) if narrow else values
@@ -221,6 +225,9 @@ class Pieces:
         """One tile to its place: straight into it where both sides are one run of bytes, else by way of the spare."""
         place = tuple(slice(at, at + size) for at, size in zip(tile.start, tile.view.shape, strict=True))
         target = values[place] if place else values
+        if is_padding(tile.view):
+            np.copyto(target, tile.view)
+            return
         file, offset = self.files.locate(tile.view)
         if scattered(tile.view):
             read_scattered(file, offset, tile.view, self.spare_of(memory_of(tile.view)), target)
@@ -242,7 +249,7 @@ class Pieces:
         """Reads what lies scattered once in order, for its CRC, and so that its many small reads find it in memory."""
         spans: dict[MappedFile, list[tuple[int, int]]] = defaultdict(list)
         for _, view in array.tiles:
-            if scattered(view):
+            if scattered(view) and not is_padding(view):
                 file, offset = self.files.locate(view)
                 spans[file].append((offset, offset + span(view)))
         for file, found in spans.items():
@@ -273,6 +280,8 @@ def settle(files: Files, used: Sequence[Copy], ledger: Ledger) -> None:
     for copy in used:
         for array in (copy.array, *(same for _, same in copy.same)):
             for _, view in array.tiles:
+                if is_padding(view):
+                    continue
                 file, offset = files.locate(view)
                 entry = file.entry_at(offset)
                 if entry is None or entry.crc is None or (str(file.path), entry.offset) in seen:

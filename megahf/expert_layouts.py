@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .cuts import ONE_EXPERT, Config, even, gates, interleaved
-from .rows import Row, Spelling
-from .tiles import Tiled
+from .rows import READ_ONLY, Row, Spelling
+from .tiles import Tiled, add_axis, unstack
 
 LAYOUTS = ("sequential", "te-grouped", "packed", "legacy-grouped", "distributed", "singleton")
 GLOBAL = ("distributed", "singleton")  # of distributed checkpoints, whose keys do not say who wrote them
@@ -43,7 +43,7 @@ def stores(
 
 def spelled(row: Row, layout: str, config: Config) -> list[Spelling]:
     """The keys of `row` in `layout`: one, or gate and up apart, as single experts of distributed checkpoints are."""
-    found = [spelling for spelling in row.spellings if spelling.layout == layout]
+    found = [spelling for spelling in row.spellings if spelling.layout == layout and spelling.spec != READ_ONLY]
     parts = 2 if layout == "singleton" and len(row.cut.blocks(config)) == 2 else 1
     found = [spelling for spelling in found if spelling.parts == parts]
     if not found:
@@ -58,6 +58,6 @@ def keyed(chosen: list[Spelling], share: Tiled, dim: int) -> Iterator[tuple[str,
         write = spelling.pack.write
         if write is None:
             raise ValueError(f"{spelling.key} is read only")
-        for number in range(share.shape[0]) if spelling.pack is ONE_EXPERT else [None]:
-            experts = block if number is None else block.narrow(0, number, 1)
-            yield spelling.key.replace("{e}", str(number)), write(experts)
+        each = map(add_axis, unstack(block)) if spelling.pack is ONE_EXPERT else [block]
+        for number, held in enumerate(each):
+            yield spelling.key.replace("{e}", str(number)), write(held)

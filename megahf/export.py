@@ -1,33 +1,31 @@
-"""Megatron to Hugging Face: a checkpoint becomes a folder that `AutoModelForCausalLM` loads; no model is built."""
+"""`convert`: a model, in whichever form it lies, becomes a folder or a checkpoint of another; no model is built."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from . import hf_folder
 from .checkpoint import open_checkpoint
-from .checkpoint.safetensors import INDEX, Shard, index, parse_size, shards
+from .checkpoint.output import Output
+from .checkpoint.safetensors import INDEX, index, parse_size, shards
 from .errors import refuse
-from .execute import Checks, Ledger, run, settle
-from .folder import small_files, tokenizer_size
+from .execute import Checks
+from .folder import family_files, has_tokenizer, small_files, tokenizer_size
+from .lowering import buffers, lower
 from .plan import Copy, Plan, build
-from .staging import Staging, explained, replaceable
 from .weights import weights
+from .writing import Digests, Job, Progress, carry_out
 
-Progress = Callable[[int], None]
 MAX_SHARD_SIZE = "5GB"
+OURS, MEGATRON = "hf", "megatron"
 
 
 def convert(
     source: str | Path,
     target: str | Path,
     *,
+    to: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     true_vocab_size: int | None = None,
@@ -37,10 +35,13 @@ def convert(
     checksums: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda size: None,
+    **layout: Any,
 ) -> Plan:
-    """Converts the checkpoint at `source` into the folder `target`; gives the plan that was carried out.
+    """Converts the checkpoint or folder at `source` into `target`; gives the plan that was carried out.
 
     Args:
+        to: `hf`, `megatron`, or a family of transformers' own such as `llama`; by default a Megatron checkpoint
+            becomes `hf` and any other folder `megatron`.
         dtype: `bf16`, `fp16` or `fp32` for the weights; as stored by default.
         max_shard_size: of a safetensors file, like `5GB`.
         true_vocab_size: rows of the vocabulary to keep; else the tokenizer's size, else what the args say.
@@ -50,13 +51,21 @@ def convert(
         checksums: check the source's CRCs and digest every weight.
         overwrite: replace `target`.
         progress: called with the number of bytes each time some were written.
+        layout: of a Megatron checkpoint: what `Target.of` takes (`tp`, `pp`, `vpp`, `ep`, `etp`, `format`, ..).
 
     Raises:
         Refused: with every reason found; nothing is left behind.
     """
-    plan = plan_for(source, dtype, true_vocab_size, tokenizer, strict)
-    carry_out(plan, Path(target), max_shard_size, tokenizer, Checks(checksums, refuse_nonfinite), overwrite, progress)
+    to = to or direction(source)
+    plan = plan_for(source, dtype, true_vocab_size, tokenizer, strict, keep_padding=to == MEGATRON)
+    job = job_for(plan, to, max_shard_size, tokenizer, **layout)
+    carry_out(plan, job, Path(target), Checks(checksums, refuse_nonfinite), overwrite, progress)
     return plan
+
+
+def direction(source: str | Path) -> str:
+    """What a source is converted to where nothing else is asked for."""
+    return MEGATRON if hf_folder.is_hf_folder(Path(source)) else OURS
 
 
 def plan_for(
@@ -65,10 +74,21 @@ def plan_for(
     true_vocab_size: int | None = None,
     tokenizer: str | Path | None = None,
     strict: bool = False,
+    keep_padding: bool = False,
 ) -> Plan:
-    """What `convert` would do."""
-    size = tokenizer_size(Path(tokenizer)) if tokenizer else None
-    plan = build(open_checkpoint(source), dtype=dtype, true_vocab_size=true_vocab_size, tokenizer_size=size)
+    """Every weight of the model at `source`, whole, before a byte moves.
+
+    Args:
+        keep_padding: of a Megatron checkpoint, rows beyond the true vocabulary stay where they can.
+    """
+    if hf_folder.is_hf_folder(Path(source)):
+        plan = hf_folder.build(Path(source), dtype=dtype)
+    else:
+        size = tokenizer_size(Path(tokenizer)) if tokenizer else None
+        plan = build(
+            open_checkpoint(source), dtype=dtype, true_vocab_size=true_vocab_size, tokenizer_size=size,
+            keep_padding=keep_padding,
+        )  # fmt: skip
     if strict and plan.unknown_arguments:
         raise refuse(
             f"{len(plan.unknown_arguments)} arguments are not known to leave the function as it is",
@@ -78,78 +98,59 @@ def plan_for(
     return plan
 
 
-def carry_out(
+def job_for(
     plan: Plan,
-    target: Path,
-    max_shard_size: str | int,
-    tokenizer: str | Path | None,
-    checks: Checks,
-    overwrite: bool,
-    progress: Progress,
-) -> None:
-    """Executes `plan` into `target`, taking up what an earlier run of the same plan staged."""
-    files = dry_run_of(plan, target, max_shard_size, overwrite)
-    ledger, digests = Ledger(), dict[str, str]()
-    headers = hashlib.sha256(b"".join(shard.header for shard in files)).hexdigest()
-    recipe = f"{plan.digest} {headers} {checks}"
-    with Staging(target, recipe, sum(shard.nbytes for shard in files), overwrite) as staging:
-        for shard in files:
-            record = staging.done(shard.file)
-            if record is None:
-                record = write(shard, staging, plan, checks, progress)
-                staging.note(shard.file, record)
-            else:
-                progress(sum(copy.nbytes for copy in shard.weights))
-            ledger.load(record["ledger"])
-            digests.update(record["digests"])
-        if checks.checksums:
-            settle(plan.checkpoint.files, plan.copies, ledger)
-        small = small_files(plan, digests, Path(tokenizer) if tokenizer else None)
-        if len(files) > 1:
-            small[INDEX] = index(files, {weight.name for weight in weights(plan.config) if weight.row.float32})
-        staging.commit(small)
+    to: str = OURS,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    tokenizer: str | Path | None = None,
+    **layout: Any,
+) -> Job:
+    """What to write of `plan`, and under which names."""
+    if to == MEGATRON:
+        from .megatron import megatron_job
+        from .target import Target
+
+        return megatron_job(plan, Target.of(plan.config, **{"format": "torch_dist", **layout}))
+    if layout:
+        raise refuse(f"{', '.join(sorted(layout))} are of Megatron checkpoints", f"--to {to}", "give --to megatron")
+    place = Path(tokenizer) if tokenizer else None
+    if place is None and has_tokenizer(plan.checkpoint.path):
+        place = plan.checkpoint.path
+    if to == OURS:
+        return folder_job(plan, max_shard_size, place)
+    theirs, copies, said = lower(plan, to)
+    plan.notes.extend(said)
+    files = outputs(copies, max_shard_size)
+
+    def small(digests: Digests) -> dict[str, bytes]:
+        return family_files(plan, theirs, flat(digests), place) | indexed(files, buffers(plan, to))
+
+    return Job(files, small)
 
 
-def dry_run_of(plan: Plan, target: Path, max_shard_size: str | int, overwrite: bool) -> list[Shard[Copy]]:
-    """The files that `plan` would be written to; refuses what can be refused before a byte moves."""
-    with explained(target):
-        source, place = plan.checkpoint.path.resolve(), target.resolve()
-        if place == source or place in source.parents:
-            raise refuse("the target holds the checkpoint itself", target, "choose another folder")
-        replaceable(target, overwrite)
-    return shards(sorted(plan.copies, key=lambda copy: natural(copy.runtime)), parse_size(max_shard_size))
+def folder_job(plan: Plan, max_shard_size: str | int, tokenizer: Path | None) -> Job:
+    """A folder of our own classes."""
+    files = outputs(plan.copies, max_shard_size)
+
+    def small(digests: Digests) -> dict[str, bytes]:
+        buffers = {weight.name for weight in weights(plan.config) if weight.row.float32}
+        return small_files(plan, flat(digests), tokenizer) | indexed(files, buffers)
+
+    return Job(files, small)
 
 
-def write(shard: Shard[Copy], staging: Staging, plan: Plan, checks: Checks, progress: Progress) -> dict[str, Any]:
-    """One safetensors file; what to remember of it."""
-    ledger = Ledger()
-    with explained(staging.target), staging.writing(shard.file, shard.nbytes) as fd:
-        turn = threading.Lock()  # the kernel takes one write at a time into a file; threads that wait there burn a core
-
-        def sink(copy: Copy, offset: int, data: np.ndarray) -> None:
-            place = shard.offsets[copy.name] + offset
-            with turn:
-                write_all(fd, data, place)
-            start_writeback(fd, place, data.nbytes)
-
-        write_all(fd, np.frombuffer(shard.header, np.uint8), 0)
-        digests = run(shard.weights, plan.checkpoint.files, sink, checks, ledger, progress)
-    return {"nbytes": shard.nbytes, "digests": digests, "ledger": ledger.dump()}
+def outputs(copies: list[Copy], max_shard_size: str | int) -> list[Output[Copy]]:
+    """The safetensors files, as `save_pretrained` would share the weights out."""
+    return shards(sorted(copies, key=lambda copy: natural(copy.runtime)), parse_size(max_shard_size))
 
 
-def write_all(fd: int, data: np.ndarray, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+def indexed(files: list[Output[Copy]], buffers: set[str]) -> dict[str, bytes]:
+    return {INDEX: index(files, buffers)} if len(files) > 1 else {}
 
 
-def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Has the disk begin with these bytes while the next ones are read, so that little is left for the sync at the end.
-
-    Linux answers "not needed" about unwritten pages by starting to write them, and keeps them; other systems may not.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+def flat(digests: Digests) -> dict[str, str]:
+    """Digests by weight, where no two files have one of the same name."""
+    return {name: digest for names in digests.values() for name, digest in names.items()}
 
 
 def natural(name: str) -> list[tuple[int, int] | tuple[int, str] | tuple[int, str, int]]:

@@ -16,7 +16,9 @@ from typing import Any
 
 from . import __version__, dtypes
 from .architectures import auto_map, model_file, model_type
+from .cards import card
 from .errors import refuse
+from .families import FAMILIES
 from .jsonfile import read_json
 from .plan import Plan
 
@@ -30,17 +32,41 @@ TOKENIZER_FILES = (
 
 def small_files(plan: Plan, digests: Mapping[str, str], tokenizer: Path | None) -> dict[str, bytes]:
     """Every file of the folder but the weights and their index."""
-    special = special_tokens(tokenizer) if tokenizer else {}
-    files = (
-        {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES if (tokenizer / name).exists()}
-        if tokenizer
-        else {}
-    )
+    special = {**plan.special, **(special_tokens(tokenizer) if tokenizer else {})}
+    files = tokenizer_files(tokenizer)
     files |= {path.name: path.read_bytes() for path in code(model_file(plan.config))}
     files["config.json"] = as_json(config_json(plan, special))
     files.setdefault("generation_config.json", as_json(generation_json(special)))
-    files["megahf.json"] = as_json(provenance(plan, digests))
+    origin = provenance(plan, digests)
+    files["megahf.json"] = as_json(origin)
+    files["README.md"] = card(plan, origin, tokenizer=tokenizer is not None)
     return files
+
+
+def family_files(
+    plan: Plan, theirs: Mapping[str, Any], digests: Mapping[str, str], tokenizer: Path | None
+) -> dict[str, bytes]:
+    """Every file of the folder of a family's model but the weights and their index."""
+    special = special_tokens(tokenizer) if tokenizer else {}
+    files = tokenizer_files(tokenizer)
+    config = {"dtype": dtypes.TORCH_NAME[plan.dtype], "transformers_version": transformers_version(), **theirs}
+    files["config.json"] = as_json({**config, **special})
+    files.setdefault("generation_config.json", as_json(generation_json({**plan.special, **special})))
+    origin = provenance(plan, digests)
+    files["megahf.json"] = as_json(origin)
+    files["README.md"] = card(plan, origin, tokenizer=tokenizer is not None, family=FAMILIES[theirs["model_type"]])
+    return files
+
+
+def tokenizer_files(folder: Path | None) -> dict[str, bytes]:
+    """The files of the tokenizer saved in `folder`."""
+    if folder is None:
+        return {}
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
 
 
 def as_json(value: Any) -> bytes:

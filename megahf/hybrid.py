@@ -8,10 +8,12 @@ megatron/core/ssm/mamba_hybrid_layer_allocation.py (0.16.1) and megatron/core/mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .errors import refuse
+from .rows import is_hybrid
 
 # Config fields of the mixers that args record, in those that have them, and Megatron's numbers before.
 MIXER = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8, "mamba_num_heads": None}
@@ -20,10 +22,12 @@ UNRECORDED = {
     "mamba_version": 2, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 128, "mamba_d_has_hdim": False,
     "mamba_rmsnorm": True, "mamba_conv_bias": True, "mamba_proj_bias": False, "mamba_dt_rank": None,
 }  # fmt: skip
+DISCOVERED = frozenset(UNRECORDED) - {"mamba_proj_bias"}  # read off the weights; or, of chunks, a matter of speed
 RATIOS = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
 PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern", "mtp_hybrid_override_pattern", "is_hybrid_model")
 ARGUMENTS = frozenset((*MIXER, *RATIOS, *PATTERNS))
 MEGATRONS = ("mamba_layer_specs", "hybrid_layer_specs")  # modules of Megatron's own specs
+SPEC = ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]  # by this name in 0.16.1 and in 2026
 
 BUILT = "M*-E+"
 MOST = 100_000  # layers that are made of ratios
@@ -75,6 +79,54 @@ def fields(args: Mapping[str, Any]) -> dict[str, Any]:
     layers = {"hybrid_layer_pattern": pattern.layers, "num_layers": len(pattern.layers)}
     heads = {"mtp_layer_pattern": pattern.heads or None, "mtp_num_layers": pattern.depth or None}
     return {**layers, **heads, **recorded, **UNRECORDED, **built}
+
+
+def arguments(config: Any) -> dict[str, Any]:
+    """The arguments that `fields` reads a hybrid's own fields from."""
+    recorded = {name: getattr(config, name) for name in MIXER}
+    return {**patterns(config), **recorded, "is_hybrid_model": True, "spec": SPEC}
+
+
+def patterns(config: Any, stages: Sequence[int] = ()) -> dict[str, Any]:
+    """The pattern as 2026 reads it, and as 0.16.1 does where it can: it knows no stages, no heads and no `+`.
+
+    Args:
+        stages: layers of each pipeline stage, in the order they run; empty: not said.
+
+    A checkpoint may hold both, as Megatron of 2026 looks at its own first; its command line takes one.
+    """
+    layers = config.hybrid_layer_pattern
+    ends = list(accumulate(stages)) or [len(layers)]
+    main = "|".join(layers[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    heads = f"/{config.mtp_layer_pattern}" * (config.mtp_num_layers or 0)
+    old = not stages and not heads and "+" not in layers
+    return {
+        "hybrid_layer_pattern": main + heads,
+        "hybrid_override_pattern": layers if old else None,
+        "mtp_hybrid_override_pattern": None,
+    }
+
+
+def unsaid(config: Any) -> list[str]:
+    """What is a matter of the spec in Megatron, and is not as its own spec has it: one sentence each.
+
+    All but `mamba_proj_bias` are read off the weights again, so the weights may be written: they are whole, and right
+    for the spec they were trained with. But no argument records that spec, and with Megatron's own they do not load.
+    """
+    if not is_hybrid(config) or "M" not in config.hybrid_layer_pattern + (config.mtp_layer_pattern or ""):
+        return []
+    said = []
+    for name in sorted(DISCOVERED):
+        value, default = getattr(config, name), UNRECORDED[name]
+        if value == default or name == "mamba_dt_rank" or (name == "mamba_expand" and config.mamba_num_heads):
+            continue  # the rank goes with version 1; a number of heads, which args record, says the width
+        if name == "mamba_chunk_size":
+            said.append(f"mamba_chunk_size {value} is not recorded: Megatron scans {default} tokens at once, as well")
+        else:
+            said.append(f"no argument of Megatron's records {name} {value}: give --spec with layers that have it")
+    if config.qk_layernorm and "*" in config.hybrid_layer_pattern:
+        said.append("Megatron before 0.17 has no q and k norms in hybrids and cannot load them")
+    return said
 
 
 def layout(args: Mapping[str, Any]) -> str | None:

@@ -16,9 +16,10 @@ from . import dtypes
 from .architectures import load_class, model_type
 from .errors import refuse
 from .execute import BUFFER, Checks, Ledger, run, settle
-from .export import Progress, plan_for
+from .export import plan_for
 from .plan import Copy, Plan
 from .weights import weights
+from .writing import Progress
 
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # chosen when a model is made, not in its config
 DeviceMap = str | int | torch.device | Mapping[str, Any] | None

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Copy:
     dtype: np.dtype  # of the target
     same: tuple[tuple[str, Tiled], ...] = ()  # (where, array): stored again, and must be equal bit for bit
     runtime: str = ""  # the parameter's name in the model
+    plus: float = 0.0  # added to every number: a norm's scale about zero becomes one about one
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +66,7 @@ class Plan:
     left_out: dict[str, int]  # reason -> stored keys
     unknown_arguments: list[str]
     notes: list[str]
+    special: dict[str, Any] = field(default_factory=dict)  # ids of special tokens that the source's config gives
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +84,11 @@ class Plan:
         """The plan in a few lines."""
         checkpoint, padding = self.checkpoint, f", {self.padding} rows of padding left out" if self.padding else ""
         iteration = "release" if checkpoint.iteration is None else f"iteration {checkpoint.iteration}"
+        source = (
+            f"{checkpoint.format}, {iteration}, {self.grid}" if checkpoint.holdings else f"a {checkpoint.format} folder"
+        )
         lines = [
-            f"{checkpoint.format}, {iteration}, {self.grid}: {len(self.copies)} weights, {amount(self.nbytes)}",
+            f"{source}: {len(self.copies)} weights, {amount(self.nbytes)}",
             f"vocabulary of {self.config.vocab_size} ({self.vocabulary}){padding}",
             *self.notes,
         ]
@@ -97,7 +103,7 @@ class Plan:
         for file in self.checkpoint.files:
             text.update(repr((file.path.name, file.size, file.mtime_ns)).encode())
         for copy in self.copies:
-            text.update(repr((copy.name, copy.shape, copy.dtype.name)).encode())
+            text.update(repr((copy.name, copy.shape, copy.dtype.name, copy.plus)).encode())
             for start, view in copy.array.tiles:
                 file, offset = self.checkpoint.files.locate(view)
                 text.update(repr((file.path.name, start, view.shape, view.strides, offset)).encode())
@@ -110,12 +116,14 @@ def build(
     dtype: str | None = None,
     true_vocab_size: int | None = None,
     tokenizer_size: int | None = None,
+    keep_padding: bool = False,
 ) -> Plan:
     """The plan that turns `checkpoint` into one whole model.
 
     Args:
         dtype: `bf16`, `fp16`, `fp32` or torch's names for the target's floats; as stored by default.
         true_vocab_size: rows of the vocabulary to keep; else the tokenizer's, else the args' say so.
+        keep_padding: keep the rows beyond them too; `Plan.padding` counts them.
 
     Raises:
         Refused: unknown, missing, misshapen or unequal weights, and arguments that are not built; all at once.
@@ -128,7 +136,7 @@ def build(
     ranks = grid(args, chunks if checkpoint.format == "torch" else None)
     said = notes(args)
     said += discover(config, args, shapes, ranks, checkpoint.format == "torch")
-    source = Source.of(config, args, ranks)
+    source = Source.of(config, args, ranks)._replace(padding=keep_padding)
     places, left_out = locate(checkpoint, source)
     rows = vocabulary_rows(places, ranks)
     config.vocab_size, known = vocabulary(args, rows, true_vocab_size, tokenizer_size)
@@ -224,7 +232,7 @@ def assembled(weight: Weight, stored: Stored, source: Source, problems: Problems
             )
             return []
         wholes = [in_turn(runs, turn) for turn in range(max(map(len, runs.values())))]
-        return [(where, fitted(weight, array, source.config)) for where, array in wholes]
+        return [(where, fitted(weight, array, source)) for where, array in wholes]
     except ValueError as error:
         problems.add(f"shapes do not fit: {error}", weight.name, "were these ranks written by one run?")
         return []
@@ -242,12 +250,13 @@ def in_turn(runs: Mapping[int, Copies], turn: int) -> tuple[str, Tiled]:
     return picked[0][0], picked[0][1] if len(picked) == 1 else join([array for _, array in picked], 0)
 
 
-def fitted(weight: Weight, array: Tiled, config: Config) -> Tiled:
-    """`array` without vocabulary padding; its shape must be what the config says."""
+def fitted(weight: Weight, array: Tiled, source: Source) -> Tiled:
+    """`array` without vocabulary padding, if that is not kept; its shape must be what the config says."""
+    whole = array
     if weight.row.cut.padded and array.shape[0] >= weight.shape[0]:
         array = array.narrow(0, 0, weight.shape[0])
-    check_shape(weight.row, array.shape, weight.shape, config)
-    return array
+    check_shape(weight.row, array.shape, weight.shape, source.config)
+    return whole if source.padding else array
 
 
 def amount(size: int) -> str:

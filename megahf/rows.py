@@ -5,7 +5,7 @@ The letters of shapes and the words of conditions are defined here, once; the ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,6 +136,14 @@ class Heads:
         return getattr(self.config, name)
 
 
+# Who writes a weight under another key than its own name. Local layers have their norms beside the matrices; in
+# distributed checkpoints they take the names of Transformer Engine's, where Megatron has a table for that.
+LOCAL, MAPPED, DISTRIBUTED, READ_ONLY = SPECS = "local", "local distributed", "distributed", "read only"
+
+# Pipeline stages of what is in no stack: the embedding's, the final norm's, the output's.
+STAGES = "embedding", "norm", "output"
+
+
 @dataclass(frozen=True)
 class Spelling:
     """A key under which a weight, or a part of it, is stored."""
@@ -145,6 +153,7 @@ class Spelling:
     parts: int = 1
     pack: Pack = PLAIN
     layout: str = ""  # the layout of experts that it belongs to
+    spec: str = ""  # one of SPECS; empty: written only where it is the row's own name
 
 
 @dataclass(frozen=True)
@@ -162,11 +171,19 @@ class Row:
     float32: bool = False  # whatever number format the others are in; a buffer at run time
     interleave: str = ""  # the arguments that store gate and up in blocks by turns: the size, and the switch
     stack: str = ""  # the stack of layers it is repeated in
+    stage: str = ""  # the pipeline stage it is in, where it is in no stack: one of STAGES
 
     @property
     def spellings(self) -> tuple[Spelling, ...]:
         own = () if any(spelling.key == self.name for spelling in self.also) else (Spelling(self.name),)
         return (*own, *self.also)
+
+    def written(self, specs: Sequence[str]) -> list[Spelling]:
+        """The keys under which the first of `specs` that has its own writes it; its name if there are none."""
+        for spec in specs:
+            if found := [spelling for spelling in self.spellings if spelling.spec == spec]:
+                return found
+        return [next(spelling for spelling in self.spellings if spelling.key == self.name)]
 
     @property
     def runtime(self) -> str:
@@ -194,13 +211,23 @@ class Row:
         return tuple(sizes(config)[letter] for letter in self.shape.split())
 
 
-def keys(*names: str) -> tuple[Spelling, ...]:
-    return tuple(map(Spelling, names))
+def keys(*names: str, spec: str = "") -> tuple[Spelling, ...]:
+    return tuple(Spelling(name, spec=spec) for name in names)
 
 
-def blocks(*names: str) -> tuple[Spelling, ...]:
+def local(name: str) -> tuple[Spelling, ...]:
+    """The key in layers without Transformer Engine."""
+    return keys(name, spec=LOCAL)
+
+
+def blocks(*names: str, spec: str = "") -> tuple[Spelling, ...]:
     """One key for each block of the cut."""
-    return tuple(Spelling(name, part, len(names)) for part, name in enumerate(names))
+    return tuple(Spelling(name, part, len(names), spec=spec) for part, name in enumerate(names))
+
+
+def components(name: str, parts: str) -> tuple[Spelling, ...]:
+    """The keys of a mixer's packed weight in distributed checkpoints."""
+    return blocks(*(f"{name}.{part}" for part in parts.split()), spec=DISTRIBUTED)
 
 
 def experts(matrix: str, kind: str, *whole: Spelling) -> tuple[Spelling, ...]:
@@ -225,14 +252,15 @@ def stacked(rows: tuple[Row, ...], stack: str, under: str, *others: str, when: s
     """`rows` as those of each layer of a stack, under its prefix.
 
     Args:
-        others: further spellings of the prefix.
+        others: further spellings of the prefix, which are read and not written.
         when: one more condition for all of them.
     """
 
     def place(row: Row) -> Row:
-        spelled = tuple(replace(one, key=at + one.key) for at in (under, *others) for one in row.spellings)
+        spelled = [replace(one, key=under + one.key) for one in row.spellings]
+        spelled += [replace(one, key=at + one.key, spec=READ_ONLY) for at in others for one in row.spellings]
         parameter = under + row.parameter if row.parameter else ""
-        conditions = f"{when}, {row.when}" if when else row.when
-        return replace(row, name=under + row.name, also=spelled, parameter=parameter, stack=stack, when=conditions)
+        exists = f"{when}, {row.when}" if when else row.when
+        return replace(row, name=under + row.name, also=tuple(spelled), parameter=parameter, stack=stack, when=exists)
 
     return tuple(map(place, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,17 @@ def load(file: Path) -> SmolLM2:
     for parameter in llama.parameters():  # parameters alone: rope's frequencies are computed, not stored
         parameter.data = parameter.data.bfloat16().float()
     return SmolLM2(llama, AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name))
+
+
+def save(llama: LlamaForCausalLM, folder: Path) -> None:
+    """As its folder on the Hub, in bfloat16; `save_pretrained` has nothing for what came from a gguf file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    weights = {name: weight.bfloat16() for name, weight in llama.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {name: value for name, value in llama.config.to_dict().items() if name != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
 
 
 def arguments(config: LlamaConfig) -> dict[str, Any]:

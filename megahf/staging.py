@@ -21,7 +21,7 @@ from typing import Any
 from .errors import Refused, refuse
 
 NOTES = ".megahf"  # the state of the run, inside the staged folder until it is whole
-LAST = "config.json"
+CONFIG, TRACKER = "config.json", "latest_checkpointed_iteration.txt"  # without which nothing loads
 
 
 class Staging:
@@ -32,9 +32,11 @@ class Staging:
         digest: of the plan; what an earlier run staged for another plan is thrown away.
         nbytes: what the weights will take, to refuse a full disk before a byte moves.
         overwrite: replace a folder that is there.
+        last: the file without which nothing loads: a model's config, or a checkpoint's tracker.
     """
 
-    def __init__(self, target: Path, digest: str, nbytes: int = 0, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, digest: str, nbytes: int = 0, overwrite: bool = False, last: str = CONFIG) -> None:
+        self.last = last
         self.target, self.digest, self.nbytes, self.overwrite = target.absolute(), digest, nbytes, overwrite
         self.folder = self.target.with_name(self.target.name + ".partial")
         self.notes = self.folder / NOTES
@@ -104,7 +106,7 @@ class Staging:
 
     def done(self, name: str) -> dict[str, Any] | None:
         """What was noted of the file `name` when it was finished, if it was."""
-        record = self.notes / f"{name}.json"
+        record = self.notes / noted(name)
         if not (record.exists() and (self.folder / name).exists()):
             return None
         note: dict[str, Any] = json.loads(record.read_text())
@@ -114,6 +116,7 @@ class Staging:
     def writing(self, name: str, nbytes: int) -> Iterator[int]:
         """A file descriptor to write `nbytes` of the file `name` through; the file has its name once it is on disk."""
         partial = self.folder / f"{name}.part"
+        partial.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
         try:
             os.truncate(fd, nbytes)
@@ -125,21 +128,24 @@ class Staging:
 
     def note(self, name: str, record: Mapping[str, Any]) -> None:
         """Notes that the file `name` is finished."""
-        partial = self.notes / f"{name}.json.part"
-        write_synced(partial, json.dumps(record).encode())
-        os.rename(partial, self.notes / f"{name}.json")
+        partial = self.notes / f"{noted(name)}.part"
+        write_synced(partial, json.dumps({"file": name, **record}).encode())
+        os.rename(partial, self.notes / noted(name))
 
     def commit(self, small: Mapping[str, bytes]) -> None:
-        """Writes the small files, the config last, and makes the folder appear under its name."""
-        finished = {record.stem for record in self.notes.glob("*.json")}
-        for path in self.folder.iterdir():
-            if path != self.notes and path.name not in finished:
+        """Writes the small files, that without which nothing loads last, and has the folder appear under its name."""
+        finished = {self.folder / json.loads(record.read_text())["file"] for record in self.notes.glob("*.json")}
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path not in finished and self.notes not in path.parents:
                 remove(path)
         for name, data in small.items():
-            write_synced(self.folder / (f"{name}.part" if name == LAST else name), data)
+            path = self.folder / (f"{name}.part" if name == self.last else name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(path, data)
         shutil.rmtree(self.notes)
-        os.rename(self.folder / f"{LAST}.part", self.folder / LAST)
-        sync_folder(self.folder)
+        os.rename(self.folder / f"{self.last}.part", self.folder / self.last)
+        for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+            sync_folder(folder)
         old = self.target.with_name(self.target.name + ".replaced")
         if self.target.exists():
             remove(old)
@@ -158,13 +164,20 @@ class Staging:
 
 
 def replaceable(target: Path, overwrite: bool) -> None:
-    """Refuses a target that is there, unless it may be overwritten and is what this writes: a model's folder."""
+    """Refuses a target that is there, unless it may be overwritten and is what this writes."""
     if not target.exists():
         return
     if not overwrite:
         raise refuse("the target exists already", target, "choose another, or give --overwrite")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / LAST).exists()):
-        raise refuse(f"the target is not a model's folder: it has no {LAST}", target, "remove it, or choose another")
+    written = target.is_dir() and any((target / mark).exists() for mark in (CONFIG, TRACKER))
+    if not written and not (target.is_dir() and not any(target.iterdir())):
+        what = f"the target is neither a model's folder nor a checkpoint: it has no {CONFIG} and no {TRACKER}"
+        raise refuse(what, target, "remove it, or choose another")
+
+
+def noted(name: str) -> str:
+    """The file in which it is noted that the file `name` is finished."""
+    return f"{name.replace('/', '%')}.json"
 
 
 def is_at(fd: int, path: Path) -> bool:

@@ -50,6 +50,7 @@ class Source(NamedTuple):
     args: Args
     ranks: Grid
     held: Mapping[Chunk, range]  # the layers of each chunk
+    padding: bool = False  # whether rows beyond the vocabulary are kept
 
     @classmethod
     def of(cls, config: Config, args: Args, ranks: Grid) -> Source:

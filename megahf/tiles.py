@@ -119,6 +119,20 @@ def unstack(array: Tiled) -> list[Tiled]:
     return [Tiled(array.shape[1:], array.dtype, tuple(of)) for of in tiles]
 
 
+NOTHING = np.zeros(16, np.uint8)  # what padding is made of
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tiled:
+    """Zeros that take no memory: padding, which lies in no file."""
+    return Tiled.of(np.ndarray(shape, dtype, NOTHING, strides=(0,) * len(shape)))
+
+
+def is_padding(view: np.ndarray) -> bool:
+    """Whether it is one of `zeros`, or a part of it."""
+    place: int = NOTHING.__array_interface__["data"][0]
+    return view.__array_interface__["data"][0] == place
+
+
 def add_axis(part: Tiled) -> Tiled:
     return Tiled((1, *part.shape), part.dtype, tuple(Tile((0, *start), view[None]) for start, view in part.tiles))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,10 +15,14 @@ from .checkpoint.mapped import Files
 from .checkpoint.safetensors import Written, stored
 from .errors import Problems, refuse
 from .execute import Checks, Ledger, run, settle
-from .export import Progress
+from .export import plan_for
+from .families import FAMILIES
+from .families.sameness import differences
 from .jsonfile import read_json
-from .plan import Copy, build
+from .lowering import lower
+from .plan import Copy
 from .reading import pread
+from .writing import Progress
 
 TOLERANCE = 3e-5  # of fp32 logits, which Megatron's own parallel layouts differ by
 
@@ -30,28 +35,59 @@ class Verified(NamedTuple):
     digests: Mapping[str, str]
 
 
-def verify(source: str | Path, folder: str | Path, *, progress: Progress = lambda size: None) -> Verified:
-    """Compares the folder that `convert` wrote with the checkpoint it was made from.
+def verify(source: str | Path, target: str | Path, *, progress: Progress = lambda size: None) -> Verified:
+    """Compares what `convert` wrote with what it was made from.
 
-    The weights are read from the safetensors files as they are, and the plan is made anew from `source`; a weight that
-    is missing, extra, of another shape, number format or content is named, all at once.
+    The weights of the target are read as they are stored, and those of the source are planned anew; a weight that is
+    missing, extra, of another shape, number format or content is named, all at once.
 
     Raises:
         Refused: when anything differs.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    weights = stored(folder, Files())
-    plan = build(open_checkpoint(source), dtype=None, true_vocab_size=config["vocab_size"])
-    problems = Problems()
-    pairs = [pair(copy, weights, problems) for copy in plan.copies]
-    for name in sorted(set(weights) - {copy.name for copy in plan.copies}):
-        problems.add("weights that the checkpoint does not have", name)
-    for name, value in vars(plan.config).items():
-        if name in config and config[name] != value:
-            problems.add(f"config.json says {name} {config[name]!r}, the args {value!r}", folder / "config.json")
+    folder = Path(target)
+    if is_checkpoint(folder):
+        return verify_checkpoint(source, target, progress)
+    config, weights = read_config(folder), stored(folder, Files())
+    plan, problems = plan_for(source, true_vocab_size=config["vocab_size"]), Problems()
+    copies = plan.copies
+    if config.get("model_type") in FAMILIES:
+        theirs, copies, _ = lower(plan, config["model_type"])
+        differing = {name: value for name, value in theirs.items() if config.get(name) != value}
+    else:
+        differing = {name: value for name, value in vars(plan.config).items() if config.get(name, value) != value}
+    pairs = [pair(copy, weights, problems) for copy in copies]
+    for name in sorted(set(weights) - {copy.name for copy in copies}):
+        problems.add("weights that the source does not have", name)
+    for name, value in differing.items():
+        problems.add(f"config.json says {name} {config.get(name)!r}, the source {value!r}", folder / "config.json")
     problems.raise_if_any()
     return compare([p for p in pairs if p is not None], plan.checkpoint.files, folder, progress)
+
+
+def verify_checkpoint(source: str | Path, target: str | Path, progress: Progress) -> Verified:
+    """The weights of a Megatron checkpoint against those of the source, both whole and in their own form."""
+    mine = plan_for(source)
+    theirs, problems = plan_for(target, true_vocab_size=mine.config.vocab_size), Problems()
+    for name, ours, other in differences(mine.config, theirs.config):
+        problems.add(f"the target's args say {name} {other!r}, the source {ours!r}", target)
+    found = {copy.name: copy for copy in theirs.copies}
+    copies = []
+    for copy in mine.copies:
+        again = found.pop(copy.name, None)
+        if again is None or again.shape != copy.shape:
+            what = "weights missing from" if again is None else f"{list(again.shape)}, not {list(copy.shape)}, in"
+            problems.add(f"{what} the target", copy.name)
+        else:
+            same = ((f"{copy.name} of the target", again.array), *again.same)
+            copies.append(replace(copy, dtype=again.array.dtype, same=(*copy.same, *same)))
+    for name in sorted(found):
+        problems.add("weights that the source does not have", name)
+    problems.raise_if_any()
+    files, ledger = mine.checkpoint.files, Ledger()
+    files.join(theirs.checkpoint.files)
+    digests = run(copies, files, lambda copy, offset, data: None, Checks(), ledger, progress)
+    settle(files, copies, ledger)
+    return Verified(len(copies), sum(copy.nbytes for copy in copies), digests)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -70,7 +106,7 @@ def pair(copy: Copy, weights: Mapping[str, Written], problems: Problems) -> tupl
     elif written.shape != copy.shape:
         problems.add(f"shape {list(written.shape)}, should be {list(copy.shape)}", copy.name)
     else:
-        return Copy(copy.name, copy.array, written.dtype, copy.same, copy.runtime), written
+        return replace(copy, dtype=written.dtype), written
     return None
 
 
@@ -98,9 +134,16 @@ def compare(pairs: list[tuple[Copy, Written]], here: Files, folder: Path, progre
     return Verified(len(copies), sum(copy.nbytes for copy in copies), digests)
 
 
-def folder_size(folder: str | Path) -> int:
-    """Bytes of the weights in `folder`, as the bar counts them."""
-    return sum(written.nbytes for written in stored(Path(folder), Files()).values())
+def is_checkpoint(target: Path) -> bool:
+    """Whether it is a Megatron checkpoint, and no folder of transformers' making."""
+    return not (target / "config.json").exists() and not any(target.glob("*.safetensors"))
+
+
+def size_of(target: Path) -> int:
+    """Bytes of the weights in `target`, as the bar counts them."""
+    if is_checkpoint(target):
+        return plan_for(target).nbytes
+    return sum(written.nbytes for written in stored(target, Files()).values())
 
 
 def verify_logits(source: str | Path, folder: str | Path) -> float:

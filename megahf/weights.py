@@ -7,7 +7,7 @@ experts are fused, `[experts, out, in]`. The order of the rows is the order of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from .cuts import (
     WHOLE,
     Config,
 )
-from .rows import Row, Spelling, blocks, experts, is_hybrid, keys, stacked
+from .rows import MAPPED, Row, Spelling, blocks, components, experts, is_hybrid, keys, local, stacked
 
 WORDS = "embedding.word_embeddings.weight"
 AT = "self_attention"
@@ -42,8 +42,8 @@ SHARED_BY_TURNS = "moe_shared_expert_glu_interleave_size use_grouped_gemm_for_sh
 DENSE_NORM = f"{UP}.layer_norm_weight", f"{UP}.layer_norm_bias"  # so local layers with experts store theirs, too
 
 LAYER = (
-    Row(f"{QKV}.layer_norm_weight", "h", WHOLE, "heads", keys("input_layernorm.weight"), f"{QKV}_layernorm.weight"),
-    Row(f"{QKV}.layer_norm_bias", "h", WHOLE, "heads, LayerNorm", keys("input_layernorm.bias"),
+    Row(f"{QKV}.layer_norm_weight", "h", WHOLE, "heads", local("input_layernorm.weight"), f"{QKV}_layernorm.weight"),
+    Row(f"{QKV}.layer_norm_bias", "h", WHOLE, "heads, LayerNorm", local("input_layernorm.bias"),
         f"{QKV}_layernorm.bias"),
     Row("input_layernorm.weight", "h", WHOLE, "latents", keys(f"{QKVD}.layer_norm_weight")),
     Row("input_layernorm.bias", "h", WHOLE, "latents, LayerNorm", keys(f"{QKVD}.layer_norm_bias")),
@@ -59,29 +59,29 @@ LAYER = (
     Row(f"{AT}.k_layernorm.bias", "d", WHOLE, "heads, qk_layernorm, LayerNorm"),
     Row(f"{Q}.weight", "nq h", COLUMN, "latents, straight queries"),
     Row(f"{QD}.weight", "lq h", LATENT, "latents, latent queries", (Spelling(f"{QKVD}.weight", pack=FUSED_Q),)),
-    Row(f"{QU}.layer_norm_weight", "lq", WHOLE, "latents, latent queries, qk norms", keys(f"{AT}.q_layernorm.weight"),
+    Row(f"{QU}.layer_norm_weight", "lq", WHOLE, "latents, latent queries, qk norms", local(f"{AT}.q_layernorm.weight"),
         f"{QU}_layernorm.weight"),
     Row(f"{QU}.layer_norm_bias", "lq", WHOLE, "latents, latent queries, qk norms, LayerNorm",
-        keys(f"{AT}.q_layernorm.bias"), f"{QU}_layernorm.bias"),
+        local(f"{AT}.q_layernorm.bias"), f"{QU}_layernorm.bias"),
     Row(f"{QU}.weight", "nq lq", COLUMN, "latents, latent queries"),
     Row(f"{KVD}.weight", "lkvr h", LATENT, "latents", (Spelling(f"{QKVD}.weight", pack=FUSED_KV),)),
-    Row(f"{KVU}.layer_norm_weight", "lkv", WHOLE, "latents, qk norms", keys(f"{AT}.kv_layernorm.weight"),
+    Row(f"{KVU}.layer_norm_weight", "lkv", WHOLE, "latents, qk norms", local(f"{AT}.kv_layernorm.weight"),
         f"{KVU}_layernorm.weight"),
-    Row(f"{KVU}.layer_norm_bias", "lkv", WHOLE, "latents, qk norms, LayerNorm", keys(f"{AT}.kv_layernorm.bias"),
+    Row(f"{KVU}.layer_norm_bias", "lkv", WHOLE, "latents, qk norms, LayerNorm", local(f"{AT}.kv_layernorm.bias"),
         f"{KVU}_layernorm.bias"),
     Row(f"{KVU}.weight", "nkv lkv", COLUMN, "latents"),
-    Row(f"{UP}.layer_norm_weight", "h", WHOLE, "dense", keys("pre_mlp_layernorm.weight", "mlp.0.weight"),
+    Row(f"{UP}.layer_norm_weight", "h", WHOLE, "dense", (*local("pre_mlp_layernorm.weight"), *keys("mlp.0.weight")),
         f"{UP}_layernorm.weight"),
-    Row(f"{UP}.layer_norm_bias", "h", WHOLE, "dense, LayerNorm", keys("pre_mlp_layernorm.bias", "mlp.0.bias"),
-        f"{UP}_layernorm.bias"),
+    Row(f"{UP}.layer_norm_bias", "h", WHOLE, "dense, LayerNorm",
+        (*local("pre_mlp_layernorm.bias"), *keys("mlp.0.bias")), f"{UP}_layernorm.bias"),
     Row(f"{UP}.weight", "fc1 h", FC1, "dense",
         (*keys(f"{F1}.0.weight"), *blocks(f"{UP}.weight_w", f"{UP}.weight_v"))),
     Row(f"{UP}.bias", "fc1", FC1, "dense, add_bias_linear",
         (*keys(f"{F1}.1.bias"), *blocks(f"{UP}.bias_w", f"{UP}.bias_v"))),
     Row(f"{DOWN}.weight", "h f", ROW, "dense", keys(f"{F2}.0.weight")),
     Row(f"{DOWN}.bias", "h", WHOLE, "dense, add_bias_linear", keys(f"{F2}.1.bias")),
-    Row("pre_mlp_layernorm.weight", "h", WHOLE, "experts", keys(DENSE_NORM[0])),
-    Row("pre_mlp_layernorm.bias", "h", WHOLE, "experts, LayerNorm", keys(DENSE_NORM[1])),
+    Row("pre_mlp_layernorm.weight", "h", WHOLE, "experts", keys(DENSE_NORM[0], spec=MAPPED)),
+    Row("pre_mlp_layernorm.bias", "h", WHOLE, "experts, LayerNorm", keys(DENSE_NORM[1], spec=MAPPED)),
     Row("mlp.router.weight", "E h", WHOLE, "experts"),
     Row("mlp.router.bias", "E", WHOLE, "router bias"),
     Row("mlp.router.expert_bias", "E", WHOLE, "expert bias", float32=True),
@@ -108,14 +108,13 @@ LAYER = (
 IN, CONVOLUTION = "mixer.in_proj", "mixer.conv1d"
 
 MIXER = (
-    Row(f"{IN}.layer_norm_weight", "h", WHOLE, "mixer", keys("norm.weight"), f"{IN}_layernorm.weight"),
-    Row(f"{IN}.layer_norm_bias", "h", WHOLE, "mixer, LayerNorm", keys("norm.bias"), f"{IN}_layernorm.bias"),
-    Row(f"{IN}.weight", "mz h", IN_PROJ, "mixer",
-        blocks(*(f"{IN}.weight.{part}" for part in ("z", "x", "B", "C", "dt")))),
+    Row(f"{IN}.layer_norm_weight", "h", WHOLE, "mixer", local("norm.weight"), f"{IN}_layernorm.weight"),
+    Row(f"{IN}.layer_norm_bias", "h", WHOLE, "mixer, LayerNorm", local("norm.bias"), f"{IN}_layernorm.bias"),
+    Row(f"{IN}.weight", "mz h", IN_PROJ, "mixer", components(f"{IN}.weight", "z x B C dt")),
     Row(f"{CONVOLUTION}.weight", "mc 1 mk", CONV, "mixer",
-        (*keys(f"{CONVOLUTION}_weight"), *blocks(*(f"{CONVOLUTION}.weight.{part}" for part in "xBC")))),
+        (*keys(f"{CONVOLUTION}_weight"), *components(f"{CONVOLUTION}.weight", "x B C"))),
     Row(f"{CONVOLUTION}.bias", "mc", CONV, "mixer, convolution bias",
-        (*keys(f"{CONVOLUTION}_bias"), *blocks(*(f"{CONVOLUTION}.bias.{part}" for part in "xBC")))),
+        (*keys(f"{CONVOLUTION}_bias"), *components(f"{CONVOLUTION}.bias", "x B C"))),
     Row("mixer.A_log", "mh", COLUMN, "mixer"),
     Row("mixer.D", "mD", COLUMN, "mixer"),
     Row("mixer.dt_bias", "mh", COLUMN, "mixer"),
@@ -124,8 +123,8 @@ MIXER = (
 )  # fmt: skip
 
 MIXER_1 = (  # of Megatron before Mamba-2
-    Row(f"{IN}.layer_norm_weight", "h", WHOLE, "mixer 1", keys("norm.weight"), f"{IN}_layernorm.weight"),
-    Row(f"{IN}.layer_norm_bias", "h", WHOLE, "mixer 1, LayerNorm", keys("norm.bias"), f"{IN}_layernorm.bias"),
+    Row(f"{IN}.layer_norm_weight", "h", WHOLE, "mixer 1", local("norm.weight"), f"{IN}_layernorm.weight"),
+    Row(f"{IN}.layer_norm_bias", "h", WHOLE, "mixer 1, LayerNorm", local("norm.bias"), f"{IN}_layernorm.bias"),
     Row(f"{IN}.weight", "mz h", IN_PROJ, "mixer 1"),
     Row(f"{CONVOLUTION}.weight", "mc 1 mk", CONV, "mixer 1"),
     Row(f"{CONVOLUTION}.bias", "mc", CONV, "mixer 1, convolution bias"),
@@ -149,17 +148,17 @@ MTP = (
 
 
 TABLE = (
-    Row(WORDS, "V h", VOCAB),
-    Row("embedding.position_embeddings.weight", "S h", WHOLE, "learned positions"),
+    Row(WORDS, "V h", VOCAB, stage="embedding"),
+    Row("embedding.position_embeddings.weight", "S h", WHOLE, "learned positions", stage="embedding"),
     *stacked((*MIXER, *MIXER_1, *LAYER), "decoder", "decoder.layers.{l}."),
-    Row("decoder.final_layernorm.weight", "h", WHOLE, "GPT"),
-    Row("decoder.final_layernorm.bias", "h", WHOLE, "GPT, LayerNorm"),
-    Row("decoder.final_norm.weight", "h", WHOLE, "hybrid"),
-    Row("decoder.final_norm.bias", "h", WHOLE, "hybrid, LayerNorm"),
+    Row("decoder.final_layernorm.weight", "h", WHOLE, "GPT", stage="norm"),
+    Row("decoder.final_layernorm.bias", "h", WHOLE, "GPT, LayerNorm", stage="norm"),
+    Row("decoder.final_norm.weight", "h", WHOLE, "hybrid", stage="norm"),
+    Row("decoder.final_norm.bias", "h", WHOLE, "hybrid, LayerNorm", stage="norm"),
     *stacked(MTP, "mtp", "mtp.layers.{l}."),
     *stacked(LAYER, "mtp", "mtp.layers.{l}.transformer_layer.", "mtp.layers.{l}.mtp_model_layer.", when="GPT"),
     *stacked((*MIXER, *MIXER_1, *LAYER), "heads", "mtp.layers.{k}.mtp_model_layer.layers.{l}.", when="hybrid"),
-    Row("output_layer.weight", "V h", VOCAB, "untied", tied=WORDS),
+    Row("output_layer.weight", "V h", VOCAB, "untied", tied=WORDS, stage="output"),
 )
 
 HEAD = ("output_layer.weight",)  # what the causal model has beside its base model
@@ -188,11 +187,12 @@ class Weight(NamedTuple):
     layer: int | None
     shape: tuple[int, ...]
     parameter: str  # its name in the base model's modules
+    head: int = 0  # of a hybrid's heads for further tokens
 
 
-def weights(config: Config) -> Iterator[Weight]:
+def weights(config: Config, table: Sequence[Row] = TABLE) -> Iterator[Weight]:
     """Every weight of the model that `config` describes, in the order of its modules."""
-    for stack, group in groupby(TABLE, key=lambda row: row.stack):
+    for stack, group in groupby(table, key=lambda row: row.stack):
         rows = list(group)
         for head in range(heads(config) if stack == "heads" else 1):
             for layer in range(depth(stack, config)):
@@ -200,4 +200,4 @@ def weights(config: Config) -> Iterator[Weight]:
                 for row in rows:
                     if row.exists(config, layer):
                         name, parameter = row.name.format(**numbers), row.runtime.format(**numbers)
-                        yield Weight(name, row, layer if stack else None, row.dims(config), parameter)
+                        yield Weight(name, row, layer if stack else None, row.dims(config), parameter, head)

@@ -357,8 +357,8 @@ ROWS: dict[str, Bad] = {
     ),
     # what people give by mistake
     "Hugging Face folder": Bad(
-        lambda path: replace(path, "config.json", "model.safetensors"),
-        ("this is a Hugging Face folder, not a Megatron checkpoint", "from_pretrained"),
+        lambda path: replace(path, "config.json", "pytorch_model.bin"),
+        ("this is a Hugging Face folder whose weights are no safetensors", "save_pretrained"),
     ),
     "empty folder": Bad(replace, ("the directory is empty", "--save")),
     "nothing there": Bad(shutil.rmtree, ("there is nothing there", "--save")),

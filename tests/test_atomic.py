@@ -345,7 +345,7 @@ def test_overwrite_replaces_models_and_nothing_else(tmp_path: Path) -> None:
     for name in ("home", "file"):
         result = megahf("convert", tmp_path / "ckpt", tmp_path / name, "--overwrite")
         assert result.exit_code == 1
-        assert result.stderr.startswith("refused: the target is not a model's folder")
+        assert result.stderr.startswith("refused: the target is neither a model's folder nor a checkpoint")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "more work"
 

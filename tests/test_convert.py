@@ -56,7 +56,7 @@ def test_the_formats_give_the_same_folder(tmp_path: Path) -> None:
     for name in "ab":
         convert(tmp_path / name, tmp_path / f"{name}_hf")
     a, b = fingerprint(tmp_path / "a_hf"), fingerprint(tmp_path / "b_hf")
-    assert {name for name in a if a[name] != b[name]} == {"megahf.json"}  # which names its source
+    assert {name for name in a if a[name] != b[name]} == {"megahf.json", "README.md"}  # which names its source
 
 
 def test_an_iteration_can_be_given_itself(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_model_filled_and_saved_gives_the_same_folder(tmp_path: Path, kind: di
     convert(tmp_path / "ckpt", tmp_path / "a", max_shard_size=shard)
     megahf.from_megatron(tmp_path / "ckpt").save_pretrained(tmp_path / "b", max_shard_size=shard)
     a, b = fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b")
-    assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == {"megahf.json"}
+    assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == {"megahf.json", "README.md"}
 
 
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:

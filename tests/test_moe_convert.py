@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def weights_and_config(folder: Path) -> dict[str, str]:
-    return {name: value for name, value in fingerprint(folder).items() if name != "megahf.json"}
+    return {name: value for name, value in fingerprint(folder).items() if name not in ("megahf.json", "README.md")}
 
 
 def converted(tmp_path: Path, name: str, write: Any, *args: Any, **changes: Any) -> dict[str, str]:

@@ -90,7 +90,7 @@ EDITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing weight": (lambda folder: edit(folder, lambda state: state.pop(NORM)), rf"weights missing .*\({NORM}\)"),
     "extra weight": (
         lambda folder: edit(folder, lambda state: state.update(extra=torch.ones(2))),
-        r"weights that the checkpoint does not have \(extra\)",
+        r"weights that the source does not have \(extra\)",
     ),
     "another shape": (
         lambda folder: edit(folder, lambda state: state.update({NORM: torch.ones(31)})),
@@ -106,11 +106,11 @@ EDITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another config": (
         lambda folder: edit_json(folder / "config.json", lambda config: config.update(rotary_base=5e5)),
-        r"config.json says rotary_base 500000.0, the args 10000.0",
+        r"config.json says rotary_base 500000.0, the source 10000.0",
     ),
     "another activation": (
         lambda folder: edit_json(folder / "config.json", lambda config: config.update(activation_func="gelu")),
-        r"config.json says activation_func 'gelu', the args 'silu'",
+        r"config.json says activation_func 'gelu', the source 'silu'",
     ),
     "another vocabulary": (
         lambda folder: edit_json(folder / "config.json", lambda config: config.update(vocab_size=60)),

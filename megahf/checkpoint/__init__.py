@@ -141,8 +141,17 @@ def refuse_others(directory: Path) -> None:
     if not names:
         raise refuse("the directory is empty", directory, GIVE)
     if "config.json" in names and any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+        config = (directory / "config.json").read_text(errors="replace")
+        if '"ssm_cfg"' in config and '"model_type"' not in config:
+            raise refuse(
+                "this is a folder of state-spaces' own, for their package mamba_ssm",
+                directory,
+                "give a model that is converted for transformers; on the Hub such end in -hf",
+            )
         raise refuse(
-            "this is a Hugging Face folder, not a Megatron checkpoint", directory, "from_pretrained loads it as it is"
+            "this is a Hugging Face folder whose weights are no safetensors",
+            directory,
+            "load it with from_pretrained and save it with save_pretrained",
         )
     if "model_config.yaml" in names or {"context", "weights"} <= names:
         raise refuse(

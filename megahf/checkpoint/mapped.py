@@ -113,6 +113,13 @@ class Files:
             insort(self._by_base, (file.base, path))
         return self._by_path[path]
 
+    def join(self, others: Files) -> None:
+        """Knows the files of `others`, too."""
+        for path, file in others._by_path.items():
+            if path not in self._by_path:
+                self._by_path[path] = file
+            insort(self._by_base, (file.base, path))
+
     def __iter__(self) -> Iterator[MappedFile]:
         return iter(self._by_path.values())
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,39 +19,10 @@ from .. import dtypes
 from ..errors import Problems, refuse
 from ..jsonfile import read_json
 from .mapped import Files, MappedFile
+from .output import Output, W
 
 INDEX = "model.safetensors.index.json"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Sized(Protocol):
-    """A weight to be: its name, shape, number format and bytes."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-W = TypeVar("W", bound=Sized)
-
-
-@dataclass(frozen=True)
-class Shard(Generic[W]):
-    """One file to be."""
-
-    file: str
-    header: bytes  # length, JSON, padding to 8 bytes
-    offsets: Mapping[str, int]  # weight -> where its bytes start in the file
-    weights: tuple[W, ...]  # in the order of their offsets
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(weight.nbytes for weight in self.weights)
 
 
 def parse_size(text: str | int) -> int:
@@ -64,7 +34,7 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-def shards(weights: Sequence[W], max_size: int) -> list[Shard[W]]:
+def shards(weights: Sequence[W], max_size: int) -> list[Output[W]]:
     """The weights over files of at most `max_size` bytes; a weight that is larger has a file of its own."""
     done: list[list[W]] = []
     current: list[W] = []
@@ -84,8 +54,8 @@ def shards(weights: Sequence[W], max_size: int) -> list[Shard[W]]:
     return [shard(name, group) for name, group in zip(names if count > 1 else ["model.safetensors"], done, strict=True)]
 
 
-def shard(file: str, weights: Sequence[W]) -> Shard[W]:
-    """One file: header and offsets."""
+def shard(file: str, weights: Sequence[W]) -> Output[W]:
+    """One file: its header, and where each weight goes."""
     ordered = sorted(weights, key=lambda weight: (-rank(weight.dtype), weight.name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, start = {}, 0
@@ -100,7 +70,8 @@ def shard(file: str, weights: Sequence[W]) -> Shard[W]:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Shard(file, header, {name: len(header) + at for name, at in starts.items()}, tuple(ordered))
+    offsets = {name: len(header) + at for name, at in starts.items()}
+    return Output(file, len(header) + start, ((0, header),), tuple(ordered), offsets)
 
 
 # safetensors' own order of number formats (the `Dtype` enum of its Rust source): by this first, widest last
@@ -128,7 +99,7 @@ def rank(dtype: np.dtype) -> int:
     return ORDER.index(dtypes.SAFETENSORS_NAME[dtype])
 
 
-def index(shards: Sequence[Shard[W]], buffers: Collection[str] = ()) -> bytes:
+def index(shards: Sequence[Output[W]], buffers: Collection[str] = ()) -> bytes:
     """`model.safetensors.index.json`; weights named in `buffers` are no parameters."""
     weights = [weight for shard in shards for weight in shard.weights]
     metadata = {

@@ -11,11 +11,16 @@ from importlib.util import find_spec
 from megahf.errors import refuse
 
 MEGATRON = "megatron-core==0.16.1"
+NEEDED = ("megatron.core", "einops")
+
+
+def megatron_installed() -> bool:
+    return all(map(found, NEEDED))
 
 
 def require_megatron() -> None:
     """Refuses, with the command to run, where megatron-core or what it imports is missing."""
-    missing = [name for name in ("megatron.core", "einops") if not found(name)]
+    missing = [name for name in NEEDED if not found(name)]
     if missing:
         packages = " ".join(MEGATRON if name == "megatron.core" else name for name in missing)
         raise refuse(f"{' and '.join(missing)} not installed", "", f"run: pip install --no-deps {packages}")

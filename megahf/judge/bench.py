@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from megahf.checkpoint import open_checkpoint
 from megahf.errors import refuse
-from megahf.judge.namespace import data_parallel_size
+from megahf.judge.namespace import data_parallel_size, recovered
 from megahf.judge.pool import Pool
 
 # What a layout says, and what the one process of a reference has instead.
@@ -124,18 +125,36 @@ class Bench:
         """As `save`, for given weights: a `torch.save`d TP1 state dict in the local spec's names."""
         return self.save(arguments, out, format, weights=state_dict, shape=(1, 16))
 
-    def logits(self, arguments: Mapping[str, Any], checkpoint: Path, format: str, input_ids: np.ndarray) -> np.ndarray:
+    def logits(
+        self,
+        arguments: Mapping[str, Any],
+        checkpoint: Path,
+        format: str,
+        input_ids: np.ndarray,
+        sharded: bool = False,
+    ) -> np.ndarray:
         """fp32 logits `[b, s, padded vocabulary]` of the tokens `[b, s]`, by Megatron from the weights in `checkpoint`.
 
         Args:
-            arguments: the checkpoint's; a distributed checkpoint is loaded by one process, `torch` by its own layout.
+            arguments: the checkpoint's.
+            sharded: by the ranks of its layout, as `torch` is always loaded; else by one process.
             checkpoint: the iteration's directory. Megatron unpickles it: only for files that are trusted.
         """
-        chosen = dict(arguments) if format == "torch" else {**arguments, **LAYOUT}
+        chosen = dict(arguments) if sharded or format == "torch" else {**arguments, **LAYOUT}
         answers = self.pool.run(
             "logits", world(chosen), arguments=chosen, checkpoint=checkpoint, format=format, input_ids=input_ids
         )
         return next(answer for answer in answers if answer is not None)
+
+    def difference(self, written: Path, known: Mapping[str, Any]) -> float:
+        """How far Megatron's logits of a checkpoint that megahf wrote are from those in the `known` reference.
+
+        Megatron loads it in every rank of its layout, by the arguments that lie in it.
+        """
+        checkpoint, size = open_checkpoint(written), known["args"]["vocab_size"]
+        tokens, arguments = known["input_ids"].numpy(), recovered(checkpoint.args)
+        found = self.logits(arguments, checkpoint.path, checkpoint.format, tokens, sharded=True)
+        return float(np.abs(found[..., :size] - known["logits"].numpy()[..., :size]).max())
 
 
 def common(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def test_experts_held_in_any_way_convert_to_the_same_bytes(judge: Judge, kind: s
     for other in others:
         assert [file.name for file in other] == [file.name for file in first]
         unequal = {a.name for a, b in zip(first, other, strict=True) if a.read_bytes() != b.read_bytes()}
-        assert unequal <= {"megahf.json"}  # which says what the checkpoint was
+        assert unequal <= {"megahf.json", "README.md"}  # which says what the checkpoint was

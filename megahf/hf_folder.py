@@ -1,0 +1,167 @@
+"""A Hugging Face folder as a source: ours, whose weights are canonical, or one of a family, whose rows say how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from . import arguments
+from .architectures import AUTO_MAPS
+from .checkpoint import Checkpoint, Files
+from .checkpoint.safetensors import Written, stored
+from .cuts import Config
+from .errors import Problems, refuse
+from .families import FAMILIES
+from .families.family import Family, Line, Theirs
+from .families.quantised import refuse_quantised
+from .families.translation import REQUIRED, family_of, read_config
+from .jsonfile import read_json
+from .layouts import Grid
+from .plan import Copy, Plan, runtime, target_dtype, target_of
+from .stored import check_shape
+from .tiles import Tiled
+from .weights import TABLE, Weight, weights
+
+CONFIG = "config.json"
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether `path` is a folder of transformers' making."""
+    return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
+
+
+def build(folder: Path, *, dtype: str | None = None) -> Plan:
+    """The plan of the model in `folder`.
+
+    Raises:
+        Refused: an unknown architecture, settings that are not built, weights missing, unknown or misshapen.
+    """
+    theirs, files = read_json(folder / CONFIG), Files()
+    found = {name: tiled(written) for name, written in stored(folder, files).items()}
+    wanted = target_dtype(dtype)
+    if theirs.get("model_type") in AUTO_MAPS:
+        config, unknown, notes, family = own_config(theirs, folder), list[str](), list[str](), "hf"
+        copies = own_copies(config, found, wanted)
+    else:
+        kind = family_of(theirs, FAMILIES, folder / CONFIG)
+        refuse_quantised(theirs, found, folder)
+        family = kind.name
+        config, unknown = read_config(theirs, kind, folder / CONFIG)
+        notes = [*kind.remarks(theirs), *kind.seen(config, found)]
+        copies = family_copies(config, kind, found, wanted)
+    source = Checkpoint(folder, family, None, None, {}, [], files)
+    return Plan(source, config, Grid(), copies, 0, "the config's", "", {}, unknown, notes, special_of(theirs))
+
+
+def special_of(theirs: Theirs) -> dict[str, Any]:
+    """The ids of special tokens that a config.json gives."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: theirs[name] for name in names if theirs.get(name) is not None}
+
+
+def tiled(written: Written) -> Tiled:
+    return Tiled.of(written.file.view(written.offset, written.shape, written.dtype))
+
+
+def own_config(theirs: Theirs, folder: Path) -> Config:
+    """The config of a folder that holds a model of ours."""
+    hybrid = {name: theirs.get("hybrid_layer_pattern") for name in ("hybrid_layer_pattern",) if name in theirs}
+    sizes = {name: theirs.get(name) or 1 for name in REQUIRED}
+    try:
+        fields = vars(arguments.config({**sizes, **hybrid}, theirs["vocab_size"]))
+    except KeyError as error:
+        raise refuse(f"the config has no {error}", folder / CONFIG) from error
+    if lacking := sorted(set(fields) - set(theirs)):
+        remedy = "load it with AutoModelForCausalLM and save it again with save_pretrained"
+        raise refuse(f"the config does not say {', '.join(lacking)}", folder / CONFIG, remedy)
+    return SimpleNamespace(**{name: theirs[name] for name in fields})
+
+
+def own_copies(config: Config, found: Mapping[str, Tiled], wanted: np.dtype | None) -> list[Copy]:
+    """The weights of a folder of ours, as they are."""
+    problems, copies, left = Problems(), [], dict(found)
+    for weight in weights(config):
+        array = left.pop(weight.name, None)
+        if array is None:
+            problems.add("missing weights", weight.name, "the folder is incomplete, or its config another model's")
+        elif fits(weight, array, config, problems):
+            copies.append(Copy(weight.name, array, target_of(weight, array.dtype, wanted), (), runtime(weight)))
+    for name in left:
+        problems.add("weights that the config does not describe", name)
+    problems.raise_if_any()
+    return copies
+
+
+def fits(weight: Weight, array: Tiled, config: Config, problems: Problems) -> bool:
+    try:
+        check_shape(weight.row, array.shape, weight.shape, config)
+    except ValueError as error:
+        problems.add(f"shapes do not fit: {error}", weight.name, "config and weights are not one model's")
+        return False
+    return True
+
+
+def family_copies(config: Config, family: Family, found: Mapping[str, Tiled], wanted: np.dtype | None) -> list[Copy]:
+    """The weights of a family's folder, joined into ours."""
+    lines, problems, copies, used = {line.ours: line for line in family.lines}, Problems(), [], set[str]()
+    found = of_causal(found, family)
+    for weight in weights(config):
+        line = lines.get(weight.row.name)
+        if line is None:
+            problems.add(f"{family.name} has nothing for it", weight.name, "config and family are not one model's")
+            continue
+        names, again = line.names(weight.layer, config), [name for name in line.again(config) if name in found]
+        used.update(names, again)
+        array = joined(line, names, found, config, weight, problems)
+        if array is not None and all(fits(weight, found[name], config, problems) for name in again):
+            same = tuple((name, found[name]) for name in again)
+            copies.append(Copy(weight.name, array, target_of(weight, array.dtype, wanted), same, runtime(weight)))
+    left = {name: found[name] for name in found if name not in used}
+    copies = tied(copies, left, lines, config)
+    for name in left:
+        if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
+            problems.add(f"weights that {family.name} does not have", name, "config and weights are not one model's")
+    problems.raise_if_any()
+    return copies
+
+
+def of_causal(found: Mapping[str, Tiled], family: Family) -> Mapping[str, Tiled]:
+    """`found` by the names of the causal model, also where its base model was saved alone, as GPT-2 is on the Hub."""
+    if not family.base or any(name.startswith(family.base) for name in found):
+        return found
+    heads = {name for line in family.lines for name in line.theirs if not name.startswith(family.base)}
+    return {name if name in heads else family.base + name: array for name, array in found.items()}
+
+
+def joined(
+    line: Line, names: list[str], found: Mapping[str, Tiled], config: Config, weight: Weight, problems: Problems
+) -> Tiled | None:
+    """One weight of ours from their arrays."""
+    if absent := [name for name in names if name not in found]:
+        problems.add("missing weights", ", ".join(absent[:4]), "the folder is incomplete, or its config another's")
+        return None
+    try:
+        array = line.joint.read([found[name] for name in names], config)
+    except ValueError as error:
+        problems.add(f"shapes do not fit: {error}", ", ".join(names[:4]), "config and weights are not one model's")
+        return None
+    return array if fits(weight, array, config, problems) else None
+
+
+def tied(copies: list[Copy], left: dict[str, Tiled], lines: Mapping[str, Line], config: Config) -> list[Copy]:
+    """`copies`, with what is stored of a tied weight to be compared; it is taken out of `left`."""
+    for row in TABLE:
+        if not row.tied or row.exists(config, None) or row.name not in lines:
+            continue
+        (name,) = lines[row.name].names(None, config)
+        if (array := left.pop(name, None)) is not None:
+            copies = [
+                replace(copy, same=(*copy.same, (name, array))) if copy.name == row.tied else copy for copy in copies
+            ]
+    return copies
