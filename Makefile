@@ -22,9 +22,11 @@ check: .venv/test
 
 judge: .venv/test  ## the whole matrix against real Megatron; the record goes to conversion/results
 	.venv/bin/python tests/megatron/matrix.py conversion/results/judge_$(shell date +%F).md
+	.venv/bin/python tests/megatron/matrix.py conversion/results/journeys_$(shell date +%F).md --journeys
 
 bench: .venv/test  ## conversion against cp, the models against transformers' own
 	.venv/bin/python benchmarks/convert.py
+	.venv/bin/python benchmarks/recut.py
 	.venv/bin/python benchmarks/generate.py
 	.venv/bin/python benchmarks/experts.py
 	.venv/bin/python benchmarks/hybrid.py

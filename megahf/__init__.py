@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from .export import convert
     from .load import from_megatron
     from .models.configuration_mcore import McoreGPTConfig
+    from .models.configuration_mcore_bert import McoreBertConfig
     from .models.configuration_mcore_hybrid import McoreHybridConfig
+    from .models.modeling_mcore_bert import McoreBertForMaskedLM, McoreBertForPreTraining, McoreBertModel
     from .models.modeling_mcore_gpt import McoreGPTForCausalLM, McoreGPTModel
     from .models.modeling_mcore_hybrid import McoreHybridForCausalLM, McoreHybridModel
     from .verification import verify
@@ -28,9 +30,17 @@ PUBLIC = {
     "McoreHybridConfig": "models.configuration_mcore_hybrid",
     "McoreHybridModel": "models.modeling_mcore_hybrid",
     "McoreHybridForCausalLM": "models.modeling_mcore_hybrid",
+    "McoreBertConfig": "models.configuration_mcore_bert",
+    "McoreBertModel": "models.modeling_mcore_bert",
+    "McoreBertForMaskedLM": "models.modeling_mcore_bert",
+    "McoreBertForPreTraining": "models.modeling_mcore_bert",
 }
 
 __all__ = [
+    "McoreBertConfig",
+    "McoreBertForMaskedLM",
+    "McoreBertForPreTraining",
+    "McoreBertModel",
     "McoreGPTConfig",
     "McoreGPTForCausalLM",
     "McoreGPTModel",
@@ -61,15 +71,16 @@ def register() -> None:
     """
     import transformers
 
-    from .models.modeling_mcore_gpt import McoreGPTForCausalLM
-    from .models.modeling_mcore_hybrid import McoreHybridForCausalLM
+    from .models.modeling_mcore_bert import McoreBertModel
+    from .models.modeling_mcore_gpt import McoreGPTModel
+    from .models.modeling_mcore_hybrid import McoreHybridModel
 
-    for causal in (McoreGPTForCausalLM, McoreHybridForCausalLM):
-        config = causal.config_class
+    for base in (McoreGPTModel, McoreHybridModel, McoreBertModel):
+        config = base.config_class
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        for auto, place in causal.auto_map.items():
+        for auto, place in base.auto_map.items():
             if auto != "AutoConfig":
-                model = getattr(sys.modules[causal.__module__], place.split(".")[1])
+                model = getattr(sys.modules[base.__module__], place.split(".")[1])
                 getattr(transformers, auto).register(config, model, exist_ok=True)
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from .cuts import Config
-from .rows import is_hybrid
+from .rows import is_bert, is_hybrid
 
 # model_type -> what the Auto classes find in the folder; the model classes say the same when they save.
 AUTO_MAPS = {
@@ -26,11 +26,28 @@ AUTO_MAPS = {
         "AutoModelForTokenClassification": "modeling_mcore_hybrid.McoreHybridForTokenClassification",
         "AutoModelForQuestionAnswering": "modeling_mcore_hybrid.McoreHybridForQuestionAnswering",
     },
+    "mcore_bert": {
+        "AutoConfig": "configuration_mcore_bert.McoreBertConfig",
+        "AutoModel": "modeling_mcore_bert.McoreBertModel",
+        "AutoModelForPreTraining": "modeling_mcore_bert.McoreBertForPreTraining",
+        "AutoModelForMaskedLM": "modeling_mcore_bert.McoreBertForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_mcore_bert.McoreBertForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mcore_bert.McoreBertForTokenClassification",
+    },
 }
 
 
 def model_type(config: Config) -> str:
+    if is_bert(config):
+        return "mcore_bert"
     return "mcore_hybrid" if is_hybrid(config) else "mcore_gpt"
+
+
+def main(config: Config) -> str:
+    """The Auto class that finds the class which holds every weight of the model."""
+    if is_bert(config):
+        return "AutoModelForPreTraining" if config.add_binary_head else "AutoModelForMaskedLM"
+    return "AutoModelForCausalLM"
 
 
 def auto_map(config: Config) -> dict[str, str]:
@@ -39,10 +56,15 @@ def auto_map(config: Config) -> dict[str, str]:
 
 def model_file(config: Config) -> str:
     """The module of the model's classes, in `megahf/models`."""
-    return auto_map(config)["AutoModelForCausalLM"].partition(".")[0]
+    return auto_map(config)["AutoModel"].partition(".")[0]
 
 
-def load_class(config: Config, auto: str = "AutoModelForCausalLM") -> Any:
-    """The class itself."""
-    module, _, name = auto_map(config)[auto].partition(".")
+def class_name(config: Config) -> str:
+    """The name of the class that holds every weight of the model."""
+    return auto_map(config)[main(config)].partition(".")[2]
+
+
+def load_class(config: Config, auto: str = "") -> Any:
+    """The class itself; by default the one that holds every weight."""
+    module, _, name = auto_map(config)[auto or main(config)].partition(".")
     return getattr(import_module(f"megahf.models.{module}"), name)

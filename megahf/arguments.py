@@ -17,13 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import argument_values as values
-from . import hybrid
+from . import bert, hybrid
 from .argument_values import ALIKE, Args, Config, Read, Write, nothing, unless
 from .errors import Problems, refuse
 from .grid_arguments import DAMAGED, grid, is_count
 from .models.checks import check_experts
 from .patterns import pattern
-from .rows import is_hybrid
+from .rows import is_bert, is_hybrid
 from .unbuilt import REFUSED, before_014, refuse_unbuilt
 
 __all__ = ["FIELDS", "Args", "arguments_of", "config", "fields", "grid", "notes", "unknown", "vocabulary"]
@@ -174,7 +174,7 @@ def defaults() -> dict[str, Any]:
 def known() -> frozenset[str]:
     """The arguments Megatron-LM has (2026): those that no row reads are known not to change the function."""
     rows = {name for row in FIELDS for name in row.spelled()} | {row[0] for row in REFUSED}
-    return frozenset(defaults()) | rows | OLD | hybrid.ARGUMENTS
+    return frozenset(defaults()) | rows | OLD | hybrid.ARGUMENTS | {bert.MARK}
 
 
 def unknown(args: Args) -> list[str]:
@@ -217,7 +217,7 @@ def fields(args: Args) -> dict[str, Any]:
 
 def config(args: Args, vocab_size: int) -> SimpleNamespace:
     """The config as the tables read it, without transformers."""
-    made = SimpleNamespace(vocab_size=vocab_size, **{**fields(args), **hybrid.fields(args)})
+    made = SimpleNamespace(vocab_size=vocab_size, **{**fields(args), **hybrid.fields(args), **bert.fields(args)})
     try:
         check_experts(made)  # as the model class will
     except ValueError as error:
@@ -237,6 +237,8 @@ def arguments_of(config: Config) -> dict[str, Any]:
         made |= row.arguments(config)
     if is_hybrid(config):
         made |= hybrid.arguments(config)
+    if is_bert(config):
+        made |= bert.arguments(config)
     lost(made, config).raise_if_any()
     return made
 
@@ -259,7 +261,7 @@ def alike(name: str, value: Any, config: Config) -> Any:
 
 def told_by_weights(name: str, config: Config) -> bool:
     """Whether `discovery` reads the field off the weights, so that files without it still hold the whole model."""
-    return name in hybrid.DISCOVERED or (name == "moe_router_bias" and not config.moe_router_bias)
+    return name in {*hybrid.DISCOVERED, *bert.DISCOVERED} or (name == "moe_router_bias" and not config.moe_router_bias)
 
 
 def unsaid(config: Config) -> list[str]:
@@ -267,7 +269,7 @@ def unsaid(config: Config) -> list[str]:
     said = []
     if config.num_experts and config.add_bias_linear and not config.moe_router_bias:
         said.append("the routers have no bias, as in Megatron before 0.15; later ones expect one and load no such file")
-    return said + hybrid.unsaid(config)
+    return said + (bert.unsaid(config) if is_bert(config) else hybrid.unsaid(config))
 
 
 def vocabulary(args: Args, rows: int, asked: int | None = None, tokenizer: int | None = None) -> tuple[int, str]:
@@ -310,4 +312,4 @@ def notes(args: Args) -> list[str]:
         said.append("moe_expert_rank_capacity_factor dropped tokens beyond a rank's share; here none are dropped")
     if args.get("rotary_seq_len_interpolation_factor") is not None:
         said.append("rotary_seq_len_interpolation_factor is applied, as pretrain_gpt.py does; gpt_builders.py drops it")
-    return said + hybrid.notes(args)
+    return said + hybrid.notes(args) + bert.notes(args)

@@ -13,7 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .architectures import auto_map, model_type
+from .architectures import class_name, main, model_type
 from .cuts import Config
 from .inspection import architecture
 from .layouts import Grid
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .families.family import Family
 
 TEMPLATE = Path(__file__).with_name("card.md")
-TITLES = {"mcore_gpt": "A GPT", "mcore_hybrid": "A hybrid"}
+TITLES = {"mcore_gpt": "A GPT", "mcore_hybrid": "A hybrid", "mcore_bert": "A BERT"}
+TASKS = {"mcore_bert": "fill-mask"}  # as the Hub calls it; of all others it is text-generation
 TAGS: dict[str, Callable[[Config], bool]] = {
     "megatron": lambda c: True,
     "megahf": lambda c: True,
@@ -53,7 +54,7 @@ installed, its own classes do the same and no code of the repository is run:
 import megahf
 
 megahf.register()
-model = AutoModelForCausalLM.from_pretrained(name, revision=revision)
+model = AUTO_CLASS.from_pretrained(name, revision=revision)
 ```
 """
 VERIFY = """
@@ -83,19 +84,20 @@ def card(
         family: the architecture of transformers' own that it was lowered to, if it was.
     """
     config, (total, active) = plan.config, parameters(plan)
-    own = auto_map(config)["AutoModelForCausalLM"].partition(".")[2]
+    auto = main(config)
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        task=TASKS.get(model_type(config), "text-generation"),
         front=front_matter(config, base_model, family is not None),
         title=f"{TITLES[model_type(config)]} of {millions(total)} parameters",
-        model=family.architecture if family else own,
+        model=family.architecture if family else class_name(config),
         type=family.name if family else model_type(config),
         parameters=f"{total:,}" + (f", of which {active:,} take part in a token" if active < total else ""),
         weights=f"{amount(plan.nbytes)}, {formats(plan)}",
         architecture="<br>".join(shape_lines(config)),
         vocabulary=f"{config.vocab_size} ({plan.vocabulary})",
         kind=(STOCK if family else OWN).strip(),
-        load=load_lines(tokenizer, family is None),
-        trust=PIN if family else TRUST,
+        load=load_lines(auto, tokenizer, family is None),
+        trust=PIN if family else TRUST.replace("AUTO_CLASS", auto),
         origin=listed(origin(provenance)),
         digests=", with a digest of every weight" if provenance["weights"] else "",
         verify=VERIFY if is_megatron(provenance) else "",
@@ -112,10 +114,10 @@ def front_matter(config: Config, base_model: str | None, stock: bool) -> str:
     return f"tags:\n{listed(tags)}\n{base}"
 
 
-def load_lines(tokenizer: bool, trust: bool) -> str:
-    """The Python that loads the folder by transformers alone."""
-    classes, run = ["AutoModelForCausalLM"], ", trust_remote_code=True" if trust else ""
-    lines = [f"model = AutoModelForCausalLM.from_pretrained(name, revision=revision{run})"]
+def load_lines(auto: str, tokenizer: bool, trust: bool) -> str:
+    """The Python that loads the folder by transformers alone, with its class `auto`."""
+    classes, run = [auto], ", trust_remote_code=True" if trust else ""
+    lines = [f"model = {auto}.from_pretrained(name, revision=revision{run})"]
     if tokenizer:
         classes.append("AutoTokenizer")
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained(name, revision=revision{run})")

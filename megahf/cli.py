@@ -96,7 +96,7 @@ def inspect(checkpoint: Path, true_vocab_size: int | None, as_json: bool) -> Non
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", metavar="KIND", help="hf, megatron, or an architecture of transformers' own, such as llama.")
 @dtype
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Size of a safetensors file.")
+@click.option("--max-shard-size", metavar="SIZE", help="Of a safetensors file; 5GB by default.")
 @vocabulary
 @tokenizer
 @click.option("--strict", is_flag=True, help="Refuse arguments that are not known to leave the function as it is.")
@@ -110,7 +110,7 @@ def convert(
     target: Path,
     to: str | None,
     dtype: str | None,
-    max_shard_size: str,
+    max_shard_size: str | None,
     true_vocab_size: int | None,
     tokenizer: Path | None,
     strict: bool,
@@ -122,7 +122,7 @@ def convert(
 ) -> None:
     """Convert SOURCE into TARGET.
 
-    A Megatron checkpoint becomes a folder for AutoModelForCausalLM, or with --to one of transformers' own
+    A Megatron checkpoint becomes a folder for transformers' Auto classes, or with --to one of transformers' own
     architectures, or a Megatron checkpoint of another layout. A Hugging Face folder becomes a Megatron checkpoint.
     """
     from .execute import Checks, memory_bound

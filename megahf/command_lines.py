@@ -16,7 +16,7 @@ REQUIRED = (
 # Whatever else describes the model, the layout or the format, where it is not Megatron's default: in this order.
 OPTIONAL = (
     "hybrid_layer_pattern", "is_hybrid_model", "spec", "mamba_state_dim", "mamba_head_dim", "mamba_num_groups",
-    "mamba_num_heads",
+    "mamba_num_heads", "bert_binary_head",
     "group_query_attention", "num_query_groups", "kv_channels", "rotary_base", "rotary_percent", "rotary_interleaved",
     "rotary_seq_len_interpolation_factor", "use_rope_scaling", "no_rope_freq", "multi_latent_attention", "q_lora_rank",
     "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type", "rotary_scaling_factor",
@@ -45,6 +45,7 @@ RENAMED = {"layernorm_epsilon": "norm-epsilon", "layernorm_zero_centered_gamma":
 # Options that turn off what is on by default; of all other switches the option turns on.
 OFF = {
     "add_bias_linear": "disable-bias-linear",
+    "bert_binary_head": "bert-no-binary-head",
     "bias_gelu_fusion": "no-bias-gelu-fusion",
     "bias_swiglu_fusion": "no-bias-swiglu-fusion",
     "yarn_correction_range_round_to_int": "no-yarn-correction-range-round-to-int",

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from . import bert
 from .checkpoint import Checkpoint
 from .cuts import Config
 from .errors import refuse
+from .hybrid import pattern_of
 from .layouts import Grid
 from .recognition import recognise
+from .rows import is_bert, is_hybrid
 
 NO_ROUTER_BIAS = "there is no router.bias: Megatron before 0.15 had none, and none is added"
 DECODER, HEAD = "decoder.layers.{l}.", "mtp.layers.{k}.mtp_model_layer.layers.{l}."
+ENCODER, POSITIONS = "encoder.layers.{l}.self_attention.linear_proj.weight", "embedding.position_embeddings.weight"
+TYPES = "embedding.tokentype_embeddings.weight"
 MIXER = f"{DECODER}mixer"
 CONVOLUTION, OUT, D = f"{MIXER}.conv1d.weight", f"{MIXER}.out_proj.weight", f"{MIXER}.D"
 GATED_NORM, X_PROJ, DT_PROJ = f"{MIXER}.norm.weight", f"{MIXER}.x_proj.weight", f"{MIXER}.dt_proj.weight"
@@ -41,6 +46,13 @@ def found(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:
                     yield name.replace(HEAD, DECODER), shape[1:] if one.stacked else shape
 
 
+def marked(args: Mapping[str, Any], shapes: dict[str, Shape]) -> Mapping[str, Any]:
+    """`args`, and which model they are of, where they do not say and the weights do."""
+    if OUT in shapes and pattern_of(args) is None:
+        return {**args, "is_hybrid_model": True}  # Mamba alone, of a Megatron that did not note it
+    return {**args, bert.MARK: True} if ENCODER in shapes else args
+
+
 def has_mixers(shapes: dict[str, Shape]) -> bool:
     return OUT in shapes
 
@@ -60,10 +72,22 @@ def discover(
     if config.moe_router_bias and ROUTER_BIAS not in shapes:
         config.moe_router_bias = False
         said.append(NO_ROUTER_BIAS)
-    if getattr(config, "hybrid_layer_pattern", None) is not None:
+    if is_bert(config):
+        said += discover_bert(config, shapes)
+    if is_hybrid(config):
         said += discover_hybrid(config, shapes, ranks.tensor if sharded else 1)
         check_mixers(config, shapes, ranks)
         said += epsilon(config, args, shapes)
+    return said
+
+
+def discover_bert(config: Config, shapes: dict[str, Shape]) -> list[str]:
+    """Positions and token types, which the script that builds the model chooses."""
+    said, kind = [], config.position_embedding_type
+    if POSITIONS in shapes and kind != "learned_absolute":
+        said.append(f"positions are learned, as pretrain_bert.py builds them, though the args say {kind}")
+        config.position_embedding_type = "learned_absolute"
+    config.num_tokentypes = shapes[TYPES][0] if TYPES in shapes else 0
     return said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def convert(
     *,
     to: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str | int | None = None,
     true_vocab_size: int | None = None,
     tokenizer: str | Path | None = None,
     strict: bool = False,
@@ -43,7 +44,7 @@ def convert(
         to: `hf`, `megatron`, or a family of transformers' own such as `llama`; by default a Megatron checkpoint
             becomes `hf` and any other folder `megatron`.
         dtype: `bf16`, `fp16` or `fp32` for the weights; as stored by default.
-        max_shard_size: of a safetensors file, like `5GB`.
+        max_shard_size: of a safetensors file, like `300MB`; 5GB by default.
         true_vocab_size: rows of the vocabulary to keep; else the tokenizer's size, else what the args say.
         tokenizer: a folder with a saved tokenizer, whose files go along.
         strict: refuse arguments that are not known to leave the function as it is.
@@ -83,6 +84,9 @@ def plan_for(
     """
     if hf_folder.is_hf_folder(Path(source)):
         plan = hf_folder.build(Path(source), dtype=dtype)
+        if true_vocab_size not in (None, rows := plan.config.vocab_size):
+            what = f"a vocabulary of {true_vocab_size} is asked for, config.json says {rows}, which has no padding"
+            raise refuse(what, source, "leave --true-vocab-size out")
     else:
         size = tokenizer_size(Path(tokenizer)) if tokenizer else None
         plan = build(
@@ -101,18 +105,17 @@ def plan_for(
 def job_for(
     plan: Plan,
     to: str = OURS,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str | int | None = None,
     tokenizer: str | Path | None = None,
     **layout: Any,
 ) -> Job:
     """What to write of `plan`, and under which names."""
+    refuse_idle(plan, to, max_shard_size, tokenizer, layout)
     if to == MEGATRON:
         from .megatron import megatron_job
         from .target import Target
 
         return megatron_job(plan, Target.of(plan.config, **{"format": "torch_dist", **layout}))
-    if layout:
-        raise refuse(f"{', '.join(sorted(layout))} are of Megatron checkpoints", f"--to {to}", "give --to megatron")
     place = Path(tokenizer) if tokenizer else None
     if place is None and has_tokenizer(plan.checkpoint.path):
         place = plan.checkpoint.path
@@ -128,7 +131,26 @@ def job_for(
     return Job(files, small)
 
 
-def folder_job(plan: Plan, max_shard_size: str | int, tokenizer: Path | None) -> Job:
+def refuse_idle(
+    plan: Plan, to: str, max_shard_size: str | int | None, tokenizer: str | Path | None, layout: Mapping[str, Any]
+) -> None:
+    """Refuses options that would do nothing."""
+    if to != MEGATRON:
+        if layout:
+            what = f"{', '.join(sorted(layout))}: options of Megatron checkpoints alone"
+            raise refuse(what, f"--to {to}", "give --to megatron, or leave them out")
+        return
+    idle = {
+        "--max-shard-size": (max_shard_size, "the ranks say how a Megatron checkpoint is shared out"),
+        "--experts": (layout.get("experts") if not plan.config.num_experts else None, "the model has no experts"),
+        "--tokenizer": (None if plan.checkpoint.holdings else tokenizer, "a Megatron checkpoint holds no tokenizer"),
+    }
+    for option, (given, why) in idle.items():
+        if given is not None:
+            raise refuse(f"{option} {given} would do nothing: {why}", f"--to {to}", f"leave {option} out")
+
+
+def folder_job(plan: Plan, max_shard_size: str | int | None, tokenizer: Path | None) -> Job:
     """A folder of our own classes."""
     files = outputs(plan.copies, max_shard_size)
 
@@ -139,9 +161,10 @@ def folder_job(plan: Plan, max_shard_size: str | int, tokenizer: Path | None) ->
     return Job(files, small)
 
 
-def outputs(copies: list[Copy], max_shard_size: str | int) -> list[Output[Copy]]:
+def outputs(copies: list[Copy], max_shard_size: str | int | None) -> list[Output[Copy]]:
     """The safetensors files, as `save_pretrained` would share the weights out."""
-    return shards(sorted(copies, key=lambda copy: natural(copy.runtime)), parse_size(max_shard_size))
+    size = parse_size(MAX_SHARD_SIZE if max_shard_size is None else max_shard_size)
+    return shards(sorted(copies, key=lambda copy: natural(copy.runtime)), size)
 
 
 def indexed(files: list[Output[Copy]], buffers: set[str]) -> dict[str, bytes]:

@@ -57,7 +57,7 @@ CORE = (state(f"{AT}.core_attention", "attention"),)
 SINKS = (state(f"{AT}.core_attention", "attention, softmax_type learnable"),)
 MIXER = (state("mixer.in_proj", "mixer"), state("mixer.out_proj", "mixer"))
 HEAD_NORMS = (state("enorm"), state("hnorm"), state("final_layernorm"))
-FINAL_NORM = (state("decoder.final_layernorm", "GPT", "norm"),)
+FINAL_NORM = (state("decoder.final_layernorm", "GPT", "norm"), state("encoder.final_layernorm", "BERT", "norm"))
 FINAL_NORM_OF_HYBRIDS = (state("decoder.final_norm", "hybrid", "norm"),)  # Transformer Engine's with all layers
 LAYER, HEAD = "mtp.layers.{l}.transformer_layer.", "mtp.layers.{k}.mtp_model_layer.layers.{l}."
 
@@ -72,12 +72,13 @@ def table(engine: bool, distributed: bool) -> tuple[Row, ...]:
     modules = LINEARS + (ENGINE if engine else ())
     return (
         *stacked((*MIXER, *modules, *core[0]), "decoder", "decoder.layers.{l}."),
+        *stacked((*modules, *core[0]), "encoder", "encoder.layers.{l}.", when="BERT"),
         *(FINAL_NORM if engine else ()),
         *FINAL_NORM_OF_HYBRIDS,
         *stacked((state("eh_proj"), *(HEAD_NORMS if engine else ())), "mtp", "mtp.layers.{l}."),
         *stacked((*modules, *core[1]), "mtp", LAYER, when="GPT"),
         *stacked((*MIXER, *modules, *core[0]), "heads", HEAD, when="hybrid"),
-        state("output_layer", "hybrid" if distributed else "always", "output"),
+        *(state("output_layer", kind, "output") for kind in (("hybrid", "BERT") if distributed else ("always",))),
     )
 
 

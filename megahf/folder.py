@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, dtypes
-from .architectures import auto_map, model_file, model_type
+from .architectures import auto_map, class_name, model_file, model_type
 from .cards import card
 from .errors import refuse
 from .families import FAMILIES
 from .jsonfile import read_json
 from .plan import Plan
+from .rows import is_bert
 
 MODELS = Path(__file__).with_name("models")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -36,7 +38,8 @@ def small_files(plan: Plan, digests: Mapping[str, str], tokenizer: Path | None) 
     files = tokenizer_files(tokenizer)
     files |= {path.name: path.read_bytes() for path in code(model_file(plan.config))}
     files["config.json"] = as_json(config_json(plan, special))
-    files.setdefault("generation_config.json", as_json(generation_json(special)))
+    if not is_bert(plan.config):
+        files.setdefault("generation_config.json", as_json(generation_json(special)))
     origin = provenance(plan, digests)
     files["megahf.json"] = as_json(origin)
     files["README.md"] = card(plan, origin, tokenizer=tokenizer is not None)
@@ -49,9 +52,11 @@ def family_files(
     """Every file of the folder of a family's model but the weights and their index."""
     special = special_tokens(tokenizer) if tokenizer else {}
     files = tokenizer_files(tokenizer)
-    config = {"dtype": dtypes.TORCH_NAME[plan.dtype], "transformers_version": transformers_version(), **theirs}
+    config: dict[str, Any] = {"dtype": dtypes.TORCH_NAME[plan.dtype], "transformers_version": transformers_version()}
+    config |= {**dict.fromkeys(SPECIAL), **theirs}  # none: else a class has those of the model it was made for
     files["config.json"] = as_json({**config, **special})
-    files.setdefault("generation_config.json", as_json(generation_json({**plan.special, **special})))
+    if not is_bert(plan.config):
+        files.setdefault("generation_config.json", as_json(generation_json({**plan.special, **special})))
     origin = provenance(plan, digests)
     files["megahf.json"] = as_json(origin)
     files["README.md"] = card(plan, origin, tokenizer=tokenizer is not None, family=FAMILIES[theirs["model_type"]])
@@ -86,15 +91,14 @@ def code(module: str) -> tuple[Path, ...]:
 
 
 def config_json(plan: Plan, special: Mapping[str, int]) -> dict[str, Any]:
-    classes = auto_map(plan.config)
     return {
-        "architectures": [classes["AutoModelForCausalLM"].partition(".")[2]],
-        "auto_map": classes,
+        "architectures": [class_name(plan.config)],
+        "auto_map": auto_map(plan.config),
         "model_type": model_type(plan.config),
         "dtype": dtypes.TORCH_NAME[plan.dtype],
         "transformers_version": transformers_version(),
-        "use_cache": True,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        "use_cache": not is_bert(plan.config),
+        **dict.fromkeys(SPECIAL),
         **vars(plan.config),
         **special,
     }

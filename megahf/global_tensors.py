@@ -19,7 +19,7 @@ from .errors import Problems
 from .expert_layouts import spelled
 from .extra_states import states
 from .plan import Copy
-from .rows import Row, Spelling, is_hybrid
+from .rows import LAYERS, Row, Spelling, is_hybrid
 from .shares import cut_of, padded
 from .stages import Stages
 from .target import Target
@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 def is_stacked(row: Row, config: Config) -> bool:
     """Whether all layers of `row` are one tensor: Megatron asks whether a number says that all have experts or none."""
-    return row.stack == "decoder" and not is_hybrid(config) and config.moe_layer_freq == 1
+    return row.stack in LAYERS and not is_hybrid(config) and config.moe_layer_freq == 1
 
 
 def global_tensors(config: Config, copies: Iterable[Copy], target: Target) -> list[GlobalTensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments
+from . import arguments, bert
 from .architectures import AUTO_MAPS
 from .checkpoint import Checkpoint, Files
 from .checkpoint.safetensors import Written, stored
 from .cuts import Config
-from .errors import Problems, refuse
+from .errors import Problems, Refused, refuse
 from .families import FAMILIES
 from .families.family import Family, Line, Theirs
 from .families.quantised import refuse_quantised
@@ -45,18 +46,35 @@ def build(folder: Path, *, dtype: str | None = None) -> Plan:
     theirs, files = read_json(folder / CONFIG), Files()
     found = {name: tiled(written) for name, written in stored(folder, files).items()}
     wanted = target_dtype(dtype)
+    refuse_quantised(theirs, found, folder)
     if theirs.get("model_type") in AUTO_MAPS:
-        config, unknown, notes, family = own_config(theirs, folder), list[str](), list[str](), "hf"
+        with said_by(folder / CONFIG):
+            config, unknown, notes, family = own_config(theirs, folder), list[str](), list[str](), "hf"
         copies = own_copies(config, found, wanted)
     else:
         kind = family_of(theirs, FAMILIES, folder / CONFIG)
-        refuse_quantised(theirs, found, folder)
         family = kind.name
-        config, unknown = read_config(theirs, kind, folder / CONFIG)
+        with said_by(folder / CONFIG):
+            config, unknown = read_config(theirs, kind, folder / CONFIG)
         notes = [*kind.remarks(theirs), *kind.seen(config, found)]
         copies = family_copies(config, kind, found, wanted)
     source = Checkpoint(folder, family, None, None, {}, [], files)
     return Plan(source, config, Grid(), copies, 0, "the config's", "", {}, unknown, notes, special_of(theirs))
+
+
+@contextlib.contextmanager
+def said_by(path: Path) -> Iterator[None]:
+    """Refusals of args as those of the file that says so here."""
+    try:
+        yield
+    except Refused as error:
+        mine = (
+            replace(problem, where=str(path), remedy="the file is damaged, or not as it was saved")
+            if problem.where == "args"
+            else problem
+            for problem in error.problems
+        )
+        raise Refused(*mine) from error
 
 
 def special_of(theirs: Theirs) -> dict[str, Any]:
@@ -71,14 +89,15 @@ def tiled(written: Written) -> Tiled:
 
 def own_config(theirs: Theirs, folder: Path) -> Config:
     """The config of a folder that holds a model of ours."""
-    hybrid = {name: theirs.get("hybrid_layer_pattern") for name in ("hybrid_layer_pattern",) if name in theirs}
-    sizes = {name: theirs.get(name) or 1 for name in REQUIRED}
+    kind = {name: theirs[name] for name in ("hybrid_layer_pattern",) if name in theirs}
+    kind |= {bert.MARK: theirs["model_type"] == "mcore_bert"}
+    sizes = {name: theirs.get(name, 1) for name in REQUIRED}
     try:
-        fields = vars(arguments.config({**sizes, **hybrid}, theirs["vocab_size"]))
+        fields = vars(arguments.config({**sizes, **kind}, theirs["vocab_size"]))
     except KeyError as error:
         raise refuse(f"the config has no {error}", folder / CONFIG) from error
     if lacking := sorted(set(fields) - set(theirs)):
-        remedy = "load it with AutoModelForCausalLM and save it again with save_pretrained"
+        remedy = "load it with transformers and save it again with save_pretrained"
         raise refuse(f"the config does not say {', '.join(lacking)}", folder / CONFIG, remedy)
     return SimpleNamespace(**{name: theirs[name] for name in fields})
 
@@ -100,7 +119,7 @@ def own_copies(config: Config, found: Mapping[str, Tiled], wanted: np.dtype | No
 
 def fits(weight: Weight, array: Tiled, config: Config, problems: Problems) -> bool:
     try:
-        check_shape(weight.row, array.shape, weight.shape, config)
+        check_shape(weight.row, array.shape, weight.shape, config, f"{CONFIG} says")
     except ValueError as error:
         problems.add(f"shapes do not fit: {error}", weight.name, "config and weights are not one model's")
         return False
@@ -132,7 +151,8 @@ def family_copies(config: Config, family: Family, found: Mapping[str, Tiled], wa
 
 
 def of_causal(found: Mapping[str, Tiled], family: Family) -> Mapping[str, Tiled]:
-    """`found` by the names of the causal model, also where its base model was saved alone, as GPT-2 is on the Hub."""
+    """`found` by today's names of the causal model, also where its base model was saved alone, as GPT-2 on the Hub."""
+    found = {family.once.get(name, name): array for name, array in found.items()}
     if not family.base or any(name.startswith(family.base) for name in found):
         return found
     heads = {name for line in family.lines for name in line.theirs if not name.startswith(family.base)}
@@ -162,6 +182,9 @@ def tied(copies: list[Copy], left: dict[str, Tiled], lines: Mapping[str, Line], 
         (name,) = lines[row.name].names(None, config)
         if (array := left.pop(name, None)) is not None:
             copies = [
-                replace(copy, same=(*copy.same, (name, array))) if copy.name == row.tied else copy for copy in copies
+                replace(copy, same=(*copy.same, (f"{name}, which {CONFIG} ties to it", array)))
+                if copy.name == row.tied
+                else copy
+                for copy in copies
             ]
     return copies

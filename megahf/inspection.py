@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
+from .architectures import AUTO_MAPS
 from .arguments import grid
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import Refused
+from .hf_folder import CONFIG, is_hf_folder
+from .jsonfile import read_json
 from .layouts import layers
 from .pattern_drawing import drawing, pattern_lines
 from .plan import Plan, amount, build
@@ -25,6 +28,8 @@ Report = dict[str, Any]
 
 def inspect(path: str | Path, true_vocab_size: int | None = None) -> Report:
     """What `megahf inspect --json` prints: plain data; `refused` lists what stands in the way of a conversion."""
+    if is_hf_folder(Path(path)):
+        return inspect_folder(Path(path), true_vocab_size)
     checkpoint = open_checkpoint(path)
     report = header(checkpoint)
     try:
@@ -49,6 +54,29 @@ def header(checkpoint: Checkpoint) -> Report:
         "bytes_on_disk": sum(sizes),
         "refused": [],
     }
+
+
+def inspect_folder(folder: Path, true_vocab_size: int | None) -> Report:
+    """The same of a Hugging Face folder, which is converted to Megatron's."""
+    from .export import MEGATRON, job_for, plan_for  # they know the card, which knows this module
+
+    theirs, sizes = read_json(folder / CONFIG), [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    report: Report = {
+        "checkpoint": str(folder),
+        "format": "hf" if theirs.get("model_type") in AUTO_MAPS else theirs.get("model_type"),
+        "architectures": theirs.get("architectures"),
+        "written_by": f"transformers {theirs.get('transformers_version') or 'of a version not noted'}",
+        "files": len(sizes),
+        "bytes_on_disk": sum(sizes),
+        "refused": [],
+    }
+    try:
+        plan = plan_for(folder, true_vocab_size=true_vocab_size)
+        report |= contents(plan)
+        job_for(plan, MEGATRON)
+    except Refused as error:
+        report["refused"] = str(error).splitlines()
+    return report
 
 
 def contents(plan: Plan) -> Report:
@@ -116,14 +144,18 @@ def page(report: Report) -> None:
 
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.print(f"[bold]{report['checkpoint']}[/bold]")
-    console.print(
-        f"{report['format']}, iteration {report['iteration']}, written by {report['written_by']}: "
-        f"{report['files']} files, {amount(report['bytes_on_disk'])}"
+    kind = (
+        f"{report['format']}, iteration {report['iteration']}"
+        if "iteration" in report
+        else ", ".join([f"a {report['format']} folder", *(report["architectures"] or ())])
     )
+    size = f"{report['files']} files, {amount(report['bytes_on_disk'])}"
+    console.print(f"{kind}, written by {report['written_by']}: {size}", markup=False)
     if "config" in report:
         model(console, report)
     for reason in report["refused"]:
-        console.print(f"[red]refused:[/red] {reason}")
+        console.print("[red]refused:[/red]", end=" ")
+        console.print(reason, markup=False)
 
 
 def model(console: Any, report: Report) -> None:
@@ -147,7 +179,8 @@ def model(console: Any, report: Report) -> None:
         console.print(f"note: {note}")
     if names := report["unknown_arguments"]:
         console.print(f"{len(names)} arguments megahf does not know: {', '.join(names)}")
-    console.print("[green]nothing stands in the way of `megahf convert`[/green]")
+    if not report["refused"]:
+        console.print("[green]nothing stands in the way of `megahf convert`[/green]")
 
 
 def architecture(config: Report) -> str:

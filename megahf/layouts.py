@@ -82,15 +82,13 @@ def by_layout(grid: Grid, num_layers: int) -> dict[Chunk, int]:
     return {(i % grid.pipeline, i // grid.pipeline): stage.count("t") for i, stage in enumerate(stages)}
 
 
-def unrolled(layout: str) -> str:
-    """`layout` with its repeats `(..)*3` and `t*4` written out."""
+def unrolled(layout: str, where: str = "args.pipeline_model_parallel_layout") -> str:
+    """`layout` with its repeats `(..)*3` and `t*4` written out; refused, as seen in `where`, with other letters."""
     text = layout.replace(",", "").replace(" ", "")
     for repeat in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         text = re.sub(repeat, lambda match: match.group(1) * int(match.group(2)), text)
     if odd := set(text) - set("EtmL|"):
-        raise refuse(
-            f"layout {layout!r} has {sorted(odd)}; known are E, t, m, L and |", "args.pipeline_model_parallel_layout"
-        )
+        raise refuse(f"layout {layout!r} has {sorted(odd)}; known are E, t, m, L and |", where)
     return text
 
 

@@ -42,7 +42,7 @@ def from_megatron(
     """The model that the Megatron checkpoint at `checkpoint` holds, in evaluation mode.
 
     Args:
-        model_class: what to build, the causal language model by default; a base model without its head leaves the
+        model_class: what to build, the one that holds every weight by default; a base model without its head leaves the
             head's weights out.
         dtype: of the parameters: a torch dtype or `bf16`, `fp16`, `fp32`; as stored by default.
         device_map: `"cpu"` (default), `"cuda"` or another device, `"auto"` or a map for accelerate, `"meta"` to look.
@@ -67,15 +67,15 @@ def from_megatron(
 
 def fitting(asked: type[PreTrainedModel] | None, plan: Plan) -> type[PreTrainedModel]:
     """The class to build; refuses one of another kind of model."""
-    causal: type[PreTrainedModel] = load_class(plan.config)
+    main: type[PreTrainedModel] = load_class(plan.config)
     kind = asked.config_class.model_type if asked and asked.config_class else None
     if asked and kind != model_type(plan.config):
         raise refuse(
-            f"the checkpoint holds a {causal.__name__}, not a {asked.__name__}",
+            f"the checkpoint holds a {main.__name__}, not a {asked.__name__}",
             plan.checkpoint.path,
-            f"use {causal.__name__}.from_megatron, or megahf.from_megatron, which picks the class",
+            f"use {main.__name__}.from_megatron, or megahf.from_megatron, which picks the class",
         )
-    return asked or causal
+    return asked or main
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:

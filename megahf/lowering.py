@@ -10,9 +10,11 @@ from .cuts import Config
 from .errors import Problems, refuse
 from .families import FAMILIES
 from .families.family import Family, Line
+from .families.megatron_bert import OTHERS
 from .families.sameness import roundings
 from .families.translation import FOLDED, read_config, write_config
 from .plan import Copy, Plan
+from .tiles import zeros
 from .weights import Weight, weights
 
 
@@ -22,12 +24,14 @@ def lower(plan: Plan, name: str) -> tuple[dict[str, Any], list[Copy], list[str]]
     Raises:
         Refused: the architecture cannot compute the same function: with every reason.
     """
+    if name in OTHERS:
+        raise refuse(f"--to {name}: {OTHERS[name]}", plan.checkpoint.path)
     if name not in FAMILIES:
         raise refuse(f"{name!r} is not a family", "--to", f"one of hf, megatron, {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     theirs = write_config(plan.config, family)
     copies = list(lowered(plan, family))
-    said = []
+    said = family.remarks(theirs)
     if moved := [copy for copy in copies if copy.plus]:
         here, there, done = ("zero", "one", "added") if moved[0].plus > 0 else ("one", "zero", "taken away")
         said.append(
@@ -51,6 +55,8 @@ def lowered(plan: Plan, family: Family) -> Iterator[Copy]:
             continue
         plus = folds if line.joint.gamma else 0.0
         yield from parts(copies[weight.name], weight, line, plan.config, plus)
+    for name, shape in family.blank(plan.config).items():
+        yield Copy(name, zeros(shape, plan.dtype), plan.dtype, runtime=name)
     problems.raise_if_any()
 
 

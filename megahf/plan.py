@@ -22,9 +22,8 @@ from .arguments import config as config_of
 from .arguments import grid, notes, unknown, vocabulary
 from .checkpoint import Checkpoint
 from .cuts import Config
-from .discovery import discover, has_mixers, shapes_of
+from .discovery import discover, marked, shapes_of
 from .errors import Problems, refuse
-from .hybrid import pattern_of
 from .layouts import Grid
 from .stored import Copies, Places, Source, Stored, check_shape, locate, versions
 from .tiles import Tiled, join
@@ -128,9 +127,8 @@ def build(
     Raises:
         Refused: unknown, missing, misshapen or unequal weights, and arguments that are not built; all at once.
     """
-    args, shapes = checkpoint.args, shapes_of(checkpoint)
-    if has_mixers(shapes) and pattern_of(args) is None:
-        args = {**args, "is_hybrid_model": True}  # Mamba alone, of a Megatron that did not note it
+    shapes = shapes_of(checkpoint)
+    args = marked(checkpoint.args, shapes)
     config = config_of(args, 0)
     chunks = 1 + max((holding.chunk for holding in checkpoint.holdings), default=0)
     ranks = grid(args, chunks if checkpoint.format == "torch" else None)

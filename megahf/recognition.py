@@ -6,7 +6,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from .rows import Row, Spelling
+from .rows import LAYERS, Row, Spelling
 from .weights import TABLE
 
 # Stored beside the weights and left out on purpose, with the reason.
@@ -26,7 +26,7 @@ IGNORED = {
 FOREIGN = {
     r".*\.router\.qb_beta": "quantile balancing of experts",
     r"vision_model\..*|vision_projection\..*|language_model\..*": "LLaVA",
-    r"encoder\..*|lm_head\..*|pooler\..*|binary_head\..*|.*tokentype_embeddings.*": "BERT or T5",
+    r".*\.(pre_)?cross_attn.*|.*\.cross_attention.*|lm_head\.output_layer\.bias": "T5",
 }
 
 PREFIX = r"(?:module\.|model\.)*"  # wrappers that some writers leave on
@@ -54,7 +54,7 @@ def spellings() -> dict[str, list[Candidate]]:
     ways: dict[str, list[Candidate]] = {}
     for row in TABLE:
         for spelling in row.spellings:
-            keys = {spelling.key: False} | ({spelling.key.replace(".{l}", ""): True} if row.stack == "decoder" else {})
+            keys = {spelling.key: False} | ({spelling.key.replace(".{l}", ""): True} if row.stack in LAYERS else {})
             for key, stacked in keys.items():
                 ways.setdefault(form(key.format(l=0, e=0, k=0)), []).append((pattern(key), row, spelling, stacked))
     return ways

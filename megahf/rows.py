@@ -21,6 +21,8 @@ def sizes(config: Config) -> dict[str, int]:
         "S": config.max_position_embeddings,
         "h": config.hidden_size,
         "2h": 2 * config.hidden_size,
+        "2": 2,
+        "T": getattr(config, "num_tokentypes", 0),
         "d": config.kv_channels,
         "n": heads,
         "nd": heads * config.kv_channels,
@@ -65,6 +67,10 @@ def is_hybrid(config: Config) -> bool:
     return getattr(config, "hybrid_layer_pattern", None) is not None
 
 
+def is_bert(config: Config) -> bool:
+    return getattr(config, "add_binary_head", None) is not None
+
+
 def is_kind(symbols: str, config: Config, layer: int) -> bool:
     """Whether a hybrid's layer is one of `symbols`."""
     return config.hybrid_layer_pattern[layer] in symbols
@@ -103,8 +109,11 @@ CONDITIONS: dict[str, Callable[[Config, int], bool]] = {
     "softmax_type learnable": lambda c, _: c.softmax_type == "learnable",
     "learned positions": lambda c, _: c.position_embedding_type == "learned_absolute",
     "untied": lambda c, _: not c.tie_word_embeddings,
-    "GPT": lambda c, _: not is_hybrid(c),
+    "GPT": lambda c, _: not is_hybrid(c) and not is_bert(c),
     "hybrid": lambda c, _: is_hybrid(c),
+    "BERT": lambda c, _: is_bert(c),
+    "binary head": lambda c, _: is_bert(c) and c.add_binary_head,
+    "token types": lambda c, _: is_bert(c) and c.num_tokentypes > 0,
     "attention": has_attention,
     "heads": lambda c, n: has_attention(c, n) and not c.multi_latent_attention,
     "latents": lambda c, n: has_attention(c, n) and c.multi_latent_attention,
@@ -139,6 +148,9 @@ class Heads:
 # Who writes a weight under another key than its own name. Local layers have their norms beside the matrices; in
 # distributed checkpoints they take the names of Transformer Engine's, where Megatron has a table for that.
 LOCAL, MAPPED, DISTRIBUTED, READ_ONLY = SPECS = "local", "local distributed", "distributed", "read only"
+
+# The stacks that are a model's own layers; it has one of them.
+LAYERS = "decoder", "encoder"
 
 # Pipeline stages of what is in no stack: the embedding's, the final norm's, the output's.
 STAGES = "embedding", "norm", "output"

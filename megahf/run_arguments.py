@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import hybrid
+from . import bert, hybrid
 from .arguments import Args, Config, arguments_of, defaults, lost
 from .checkpoint.opcodes import Global, Made
 from .dtypes import BY_TORCH, SHORT
 from .errors import Refused, refuse
 from .grid_arguments import grid_arguments
-from .rows import is_hybrid
+from .rows import is_bert, is_hybrid
 
 if TYPE_CHECKING:
     from .target import Target
@@ -54,11 +54,13 @@ def run_arguments(
     if name not in SHORT.values():
         raise refuse(f"Megatron trains no weights in {dtype}", "--dtype", f"one of {', '.join(SHORT)}")
     given = kept(source_args or {})
-    made = {**defaults(), **given}
+    made = {**defaults(), **given, bert.MARK: is_bert(config)}
     if not says(made, config):
         made |= arguments_of(config)
     if is_hybrid(config):
         made |= {"is_hybrid_model": True, "spec": given.get("spec") or hybrid.SPEC}
+    if is_bert(config):
+        made["spec"] = None if target.engine else bert.LOCAL_SPEC
     made |= {**WRITTEN, **grid_arguments(target.grid, config), **experts(config, target, given)}
     made |= {"bf16": name == "bfloat16", "fp16": name == "float16", "iteration": iteration}
     made |= {"transformer_impl": "transformer_engine" if target.engine else "local", "ckpt_format": target.format}
@@ -68,6 +70,7 @@ def run_arguments(
     derive_sizes(made)
     derive_run(made)
     lost(made, config).raise_if_any()
+    del made[bert.MARK]
     return made
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .cuts import Config
 from .layouts import Chunk, Grid, layers, unrolled
-from .rows import is_hybrid
+from .rows import LAYERS, is_hybrid
 from .weights import Weight, heads
 
 
@@ -48,7 +48,7 @@ class Stages:
     def of_weight(self, weight: Weight) -> list[tuple[Chunk, int]]:
         """The chunks that hold a weight, the one that has it by right first, and its layer's number there."""
         layer = weight.layer or 0
-        if weight.row.stack == "decoder":
+        if weight.row.stack in LAYERS:
             return [(chunk, numbers.index(layer)) for chunk, numbers in self.held.items() if layer in numbers]
         if weight.row.stack:
             return [(self.heads, layer)]

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .checkpoint import UNFINISHED
 from .errors import Refused, refuse
 
-NOTES = ".megahf"  # the state of the run, inside the staged folder until it is whole
+NOTES = UNFINISHED  # the state of the run, inside the staged folder until it is whole
 CONFIG, TRACKER = "config.json", "latest_checkpointed_iteration.txt"  # without which nothing loads
 
 
@@ -138,6 +139,9 @@ class Staging:
         for path in self.folder.rglob("*"):
             if path.is_file() and path not in finished and self.notes not in path.parents:
                 remove(path)
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # a directory after all that is in it
+            if path.is_dir() and path != self.notes and not any(path.iterdir()):
+                path.rmdir()
         for name, data in small.items():
             path = self.folder / (f"{name}.part" if name == self.last else name)
             path.parent.mkdir(parents=True, exist_ok=True)

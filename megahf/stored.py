@@ -209,12 +209,14 @@ def merged(
     return where, row.cut.merge([deinterleaved(rank, dim, size) for rank in ranks], source.config)
 
 
-def check_shape(row: Row, stored: tuple[int, ...], wanted: tuple[int, ...], config: Config) -> None:
-    """Raises ValueError where a whole weight is not of the shape that the args say."""
+def check_shape(
+    row: Row, stored: tuple[int, ...], wanted: tuple[int, ...], config: Config, say: str = "the args say"
+) -> None:
+    """Raises ValueError where a whole weight is not of the shape that the args, or whoever, `say`."""
     if stored != wanted:
         blocks, letters = row.cut.blocks(config), row.shape.replace(" ", " x ")
         made = f", {' + '.join(map(str, blocks))} of them" if len(blocks) > 2 else ""
-        raise ValueError(f"stored {list(stored)}, the args say {list(wanted)} ({letters}{made})")
+        raise ValueError(f"stored {list(stored)}, {say} {list(wanted)} ({letters}{made})")
 
 
 def check_blocks(parts: list[dict[int, Copies]], blocks: Sequence[int], dim: int) -> None:

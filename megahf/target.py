@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil, lcm
 
 from .cuts import Config
-from .errors import Problems, Refused
+from .errors import Problems, Refused, refuse
 from .layouts import Grid, stage_count, unrolled
 from .rows import CONDITIONS, DISTRIBUTED, LOCAL, MAPPED, is_hybrid
 from .stages import Stages
@@ -62,7 +62,7 @@ class Target:
             Refused: with every reason for which Megatron would not load it.
         """
         shards = tp if etp is None else etp
-        refuse_sizes({"TP": tp, "PP": pp, "VPP": vpp, "EP": ep, "ETP": shards, "divisible_by": divisible_by})
+        refuse_sizes({"TP": tp, "PP": pp, "VPP": vpp, "EP": ep, "ETP": etp, "divisible_by": divisible_by})
         letters = stage_letters(config, layout) if layout else None
         virtual = vpp or (max(stage_count(letters) // pp, 1) if letters else 1)
         made = cls(
@@ -110,8 +110,12 @@ def refuse_sizes(sizes: Mapping[str, int | None]) -> None:
 def stage_letters(config: Config, layout: str) -> str:
     """A layout of a GPT as it is; of a hybrid's pattern with `|`, `t` for each layer."""
     if not is_hybrid(config):
+        unrolled(layout, WHERE)  # refuses strange letters
         return layout
-    return re.sub(r"[^|]", "t", layout) if layout.replace("|", "") == config.hybrid_layer_pattern else layout
+    pattern = config.hybrid_layer_pattern
+    if layout.replace("|", "") != pattern:
+        raise refuse(f"layout {layout!r} is not the pattern {pattern!r} with | after each stage", WHERE, OTHER_STAGES)
+    return re.sub(r"[^|]", "t", layout)
 
 
 def check(target: Target, config: Config) -> None:
@@ -120,9 +124,8 @@ def check(target: Target, config: Config) -> None:
     for name, choice, known in (("format", target.format, FORMATS), ("experts", target.experts, EXPERTS)):
         if choice not in known:
             found.add(f"{name} is {choice!r:.40}, not one of {', '.join(known)}", WHERE)
-    for what, count, ranks, among in (*shared_out(target, config), *cut(target, config)):
-        if count % ranks:
-            found.add(f"{count} {what} do not divide over {ranks} {among} ranks", WHERE, OTHER_SIZES)
+    for where, what, count, ranks, among in uneven(target, config):
+        found.add(f"{count} {what} do not divide over {ranks} {among} ranks", where, OTHER_SIZES)
     for reason in (*attention(target, config), *experts(target, config), *copied(target, config)):
         found.add(reason, WHERE)
     for reason in (*stages(target.grid, config), *written_out(target.grid, config)):
@@ -151,6 +154,16 @@ def shared_out(target: Target, config: Config) -> Iterator[tuple[str, int, int, 
     yield "experts", config.num_experts or 0, grid.expert, "expert-parallel"
 
 
+def uneven(target: Target, config: Config) -> Iterator[tuple[str, str, int, int, str]]:
+    """What does not divide: (where, name, count, ranks, kind of ranks); what follows from another is not said."""
+    said = [counted for counted in shared_out(target, config) if counted[1] % counted[2]]
+    yield from ((WHERE, *counted) for counted in said)
+    for where, count, ranks, among in cut(target, config):
+        implied = any(count % whole == 0 for _, whole, _, kind in said if kind == among)
+        if count % ranks and not implied:
+            yield where, "places", count, ranks, among
+
+
 def cut(target: Target, config: Config) -> Iterator[tuple[str, int, int, str]]:
     """The rows or columns of every weight that ranks cut, block by block, each kind of weight once."""
     seen = {weight.row: weight for weight in weights(config)}
@@ -164,7 +177,7 @@ def cut(target: Target, config: Config) -> Iterator[tuple[str, int, int, str]]:
         name = row.name.replace("{l}", "*").replace("{k}", "*")
         for block in dict.fromkeys(blocks):
             size = weight.shape[row.cut.dim] * block // sum(blocks)
-            yield f"places along axis {row.cut.dim} of {name}", size, ranks, among
+            yield f"axis {row.cut.dim} of {name}", size, ranks, among
 
 
 def attention(target: Target, config: Config) -> Iterator[str]:
@@ -190,6 +203,9 @@ def experts(target: Target, config: Config) -> Iterator[str]:
             f"experts cut over {grid.expert_tensor} ranks do not fit the torch format's files of {grid.tensor} tensor "
             f"ranks, in which ranks would write over each other: torch_dist has no such files"
         )
+    alone = config.moe_router_topk == 1 and config.moe_router_score_function == "softmax"
+    if alone and not config.moe_router_pre_softmax and config.moe_router_load_balancing_type != "sinkhorn":
+        yield "one expert a token is always of weight 1: Megatron asks for a softmax over all of them before the choice"
     if config.add_bias_linear and grid.expert_tensor > 1:
         yield f"experts with biases are not cut: ETP is {grid.expert_tensor}, and must be 1"
     if target.experts == "te-grouped" and not target.engine:

@@ -181,9 +181,10 @@ def flattened(tile: Tile, axis: int, row: int) -> Iterator[Tile]:
     rows, width = tile.view.shape[axis : axis + 2]
     strides = tile.view.strides[axis : axis + 2]
     start = (*tile.start[:axis], tile.start[axis] * row + tile.start[axis + 1], *tile.start[axis + 2 :])
-    if rows == 1 or (width == row and strides[0] == width * strides[1]):
+    if rows == 1 or (width == row and (width == 1 or strides[0] == width * strides[1])):
         shape = (*tile.view.shape[:axis], rows * width, *tile.view.shape[axis + 2 :])
-        flat = (*tile.view.strides[:axis], strides[1], *tile.view.strides[axis + 2 :])
+        step = strides[0] if width == 1 else strides[1]
+        flat = (*tile.view.strides[:axis], step, *tile.view.strides[axis + 2 :])
         yield Tile(start, np.lib.stride_tricks.as_strided(tile.view, shape, flat, writeable=False))
         return
     for index in range(rows):

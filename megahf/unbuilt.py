@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .bert import LOCAL_SPEC, is_marked
 from .errors import Problems
 from .hybrid import pattern_of
 
@@ -46,6 +47,8 @@ def refuse_unbuilt(args: Mapping[str, Any], found: Problems) -> None:
     for name, harmless, meaning in REFUSED:
         if hybrid and name == "spec":  # a hybrid's is always given; what it sets is read off the weights
             continue
+        if is_marked(args) and name == "spec":  # of BERT: Megatron's own layers
+            harmless = (*harmless, *LOCAL_SPEC)
         value = args.get(name)
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(one is not None and one not in harmless for one in values):

@@ -13,7 +13,8 @@ import numpy as np
 from .checkpoint import open_checkpoint
 from .checkpoint.mapped import Files
 from .checkpoint.safetensors import Written, stored
-from .errors import Problems, refuse
+from .discovery import marked, shapes_of
+from .errors import Problem, Problems, Refused, refuse
 from .execute import Checks, Ledger, run, settle
 from .export import plan_for
 from .families import FAMILIES
@@ -22,8 +23,10 @@ from .jsonfile import read_json
 from .lowering import lower
 from .plan import Copy
 from .reading import pread
+from .rows import is_bert
 from .writing import Progress
 
+THERE = " of the target"
 TOLERANCE = 3e-5  # of fp32 logits, which Megatron's own parallel layouts differ by
 
 
@@ -52,13 +55,14 @@ def verify(source: str | Path, target: str | Path, *, progress: Progress = lambd
     copies = plan.copies
     if config.get("model_type") in FAMILIES:
         theirs, copies, _ = lower(plan, config["model_type"])
-        differing = {name: value for name, value in theirs.items() if config.get(name) != value}
+        chosen = plan.special  # a tokenizer given to `convert` has its own
+        others = {name: value for name, value in theirs.items() if name not in chosen and config.get(name) != value}
     else:
-        differing = {name: value for name, value in vars(plan.config).items() if config.get(name, value) != value}
+        others = {name: value for name, value in vars(plan.config).items() if config.get(name, value) != value}
     pairs = [pair(copy, weights, problems) for copy in copies]
     for name in sorted(set(weights) - {copy.name for copy in copies}):
         problems.add("weights that the source does not have", name)
-    for name, value in differing.items():
+    for name, value in others.items():
         problems.add(f"config.json says {name} {config.get(name)!r}, the source {value!r}", folder / "config.json")
     problems.raise_if_any()
     return compare([p for p in pairs if p is not None], plan.checkpoint.files, folder, progress)
@@ -66,8 +70,8 @@ def verify(source: str | Path, target: str | Path, *, progress: Progress = lambd
 
 def verify_checkpoint(source: str | Path, target: str | Path, progress: Progress) -> Verified:
     """The weights of a Megatron checkpoint against those of the source, both whole and in their own form."""
-    mine = plan_for(source)
-    theirs, problems = plan_for(target, true_vocab_size=mine.config.vocab_size), Problems()
+    theirs, problems = plan_for(target), Problems()
+    mine = plan_for(source, true_vocab_size=theirs.config.vocab_size)
     for name, ours, other in differences(mine.config, theirs.config):
         problems.add(f"the target's args say {name} {other!r}, the source {ours!r}", target)
     found = {copy.name: copy for copy in theirs.copies}
@@ -78,16 +82,26 @@ def verify_checkpoint(source: str | Path, target: str | Path, progress: Progress
             what = "weights missing from" if again is None else f"{list(again.shape)}, not {list(copy.shape)}, in"
             problems.add(f"{what} the target", copy.name)
         else:
-            same = ((f"{copy.name} of the target", again.array), *again.same)
+            same = ((f"{copy.name}{THERE}", again.array), *((where + THERE, array) for where, array in again.same))
             copies.append(replace(copy, dtype=again.array.dtype, same=(*copy.same, *same)))
     for name in sorted(found):
         problems.add("weights that the source does not have", name)
     problems.raise_if_any()
     files, ledger = mine.checkpoint.files, Ledger()
     files.join(theirs.checkpoint.files)
-    digests = run(copies, files, lambda copy, offset, data: None, Checks(), ledger, progress)
-    settle(files, copies, ledger)
+    try:
+        digests = run(copies, files, lambda copy, offset, data: None, Checks(), ledger, progress)
+        settle(files, copies, ledger)
+    except Refused as error:
+        raise Refused(*(differing(problem) for problem in error.problems)) from error
     return Verified(len(copies), sum(copy.nbytes for copy in copies), digests)
+
+
+def differing(problem: Problem) -> Problem:
+    """A weight that is stored otherwise in the target, in words of its own."""
+    if not problem.where.endswith(THERE):
+        return problem
+    return Problem("weights that differ from the source", problem.where.partition(",")[0], "convert again")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -157,18 +171,21 @@ def verify_logits(source: str | Path, folder: str | Path) -> float:
     import torch
 
     from .architectures import load_class
+    from .judge import bert
     from .judge.bench import Bench, world
     from .judge.namespace import recovered
 
     checkpoint, config = open_checkpoint(source), read_config(Path(folder))
-    arguments = {**recovered(checkpoint.args), "data_parallel_size": 1}  # as few processes as the files need
+    marks = marked(checkpoint.args, shapes_of(checkpoint))
+    arguments = {**recovered(marks), "data_parallel_size": 1}  # as few processes as the files need
     tokens = torch.randint(config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
     with Bench(world(arguments) if checkpoint.format == "torch" else 1) as bench:
         theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[
             ..., : config["vocab_size"]
         ]
+    model = load_class(SimpleNamespace(**config)).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        ours = load_class(SimpleNamespace(**config)).from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+        ours = bert.ours(model, tokens) if is_bert(model.config) else model(tokens).logits
     difference = float(abs(ours.numpy() - theirs).max())
     if not difference <= TOLERANCE:
         raise refuse(f"fp32 logits differ from megatron-core's by {difference:.2e}, more than {TOLERANCE:g}", folder)

@@ -28,7 +28,7 @@ from .cuts import (
     WHOLE,
     Config,
 )
-from .rows import MAPPED, Row, Spelling, blocks, components, experts, is_hybrid, keys, local, stacked
+from .rows import LAYERS, MAPPED, Row, Spelling, blocks, components, experts, is_bert, is_hybrid, keys, local, stacked
 
 WORDS = "embedding.word_embeddings.weight"
 AT = "self_attention"
@@ -146,22 +146,39 @@ MTP = (
     Row("final_layernorm.bias", "h", WHOLE, "LayerNorm"),
 )
 
+BERT_HEADS = (  # beside the base model
+    Row("lm_head.dense.weight", "h h", WHOLE, "BERT", stage="output"),
+    Row("lm_head.dense.bias", "h", WHOLE, "BERT", stage="output"),
+    Row("lm_head.layer_norm.weight", "h", WHOLE, "BERT", stage="output"),
+    Row("lm_head.layer_norm.bias", "h", WHOLE, "BERT, LayerNorm", stage="output"),
+    Row("output_layer.bias", "V", VOCAB, "BERT", stage="output"),
+    Row("binary_head.weight", "2 h", WHOLE, "binary head", stage="output"),
+    Row("binary_head.bias", "2", WHOLE, "binary head", stage="output"),
+)
 
 TABLE = (
     Row(WORDS, "V h", VOCAB, stage="embedding"),
     Row("embedding.position_embeddings.weight", "S h", WHOLE, "learned positions", stage="embedding"),
+    Row("embedding.tokentype_embeddings.weight", "T h", WHOLE, "token types", stage="embedding"),
     *stacked((*MIXER, *MIXER_1, *LAYER), "decoder", "decoder.layers.{l}."),
     Row("decoder.final_layernorm.weight", "h", WHOLE, "GPT", stage="norm"),
     Row("decoder.final_layernorm.bias", "h", WHOLE, "GPT, LayerNorm", stage="norm"),
     Row("decoder.final_norm.weight", "h", WHOLE, "hybrid", stage="norm"),
     Row("decoder.final_norm.bias", "h", WHOLE, "hybrid, LayerNorm", stage="norm"),
+    *stacked(LAYER, "encoder", "encoder.layers.{l}.", when="BERT"),
+    Row("encoder.final_layernorm.weight", "h", WHOLE, "BERT", stage="norm"),
+    Row("encoder.final_layernorm.bias", "h", WHOLE, "BERT, LayerNorm", stage="norm"),
+    Row("pooler.dense.weight", "h h", WHOLE, "binary head", stage="output"),
+    Row("pooler.dense.bias", "h", WHOLE, "binary head", stage="output"),
     *stacked(MTP, "mtp", "mtp.layers.{l}."),
     *stacked(LAYER, "mtp", "mtp.layers.{l}.transformer_layer.", "mtp.layers.{l}.mtp_model_layer.", when="GPT"),
     *stacked((*MIXER, *MIXER_1, *LAYER), "heads", "mtp.layers.{k}.mtp_model_layer.layers.{l}.", when="hybrid"),
     Row("output_layer.weight", "V h", VOCAB, "untied", tied=WORDS, stage="output"),
+    *BERT_HEADS,
 )
 
-HEAD = ("output_layer.weight",)  # what the causal model has beside its base model
+# What a model that predicts tokens has beside its base model.
+HEAD = ("output_layer.weight", *(row.name for row in BERT_HEADS))
 
 
 def heads(config: Config) -> int:
@@ -176,7 +193,9 @@ def depth(stack: str, config: Config) -> int:
         return len(config.mtp_layer_pattern or "") if is_hybrid(config) else 0
     if stack == "mtp":
         return heads(config)
-    return config.num_layers if stack else 1
+    if stack in LAYERS:
+        return config.num_layers if (stack == "encoder") == is_bert(config) else 0
+    return 1
 
 
 class Weight(NamedTuple):

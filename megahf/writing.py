@@ -48,7 +48,10 @@ class Job:
         """Of the files' names and of every byte that is known beforehand."""
         text = hashlib.sha256()
         for output in self.outputs:
-            text.update(repr((output.file, output.nbytes, output.known)).encode())
+            text.update(repr((output.file, output.nbytes)).encode())
+            for offset, data in output.known:
+                text.update(b"%d %d " % (offset, len(data)))
+                text.update(data)
         return text.hexdigest()
 
 

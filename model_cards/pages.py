@@ -16,12 +16,26 @@ from megahf.rows import Row
 from megahf.weights import TABLE
 
 HERE = Path(__file__).parent
-KINDS = {"mcore_gpt": "GPT", "mcore_hybrid": "hybrid"}  # model type -> the condition that holds for all of its models
-ELSEWHERE = {"GPT": {"hybrid", "mixer", "mixer 1"}, "hybrid": {"GPT"}}  # conditions that hold for none of them
+# Model type -> the condition that holds for all of its models.
+KINDS = {"mcore_gpt": "GPT", "mcore_hybrid": "hybrid", "mcore_bert": "BERT"}
+# The stacks they can have, and conditions that hold for none of them.
+STACKS = {"GPT": {"decoder", "mtp"}, "hybrid": {"decoder", "mtp", "heads"}, "BERT": {"encoder"}}
+BERTS = {"BERT", "binary head", "token types"}
+ELSEWHERE = {
+    "GPT": {"hybrid", "mixer", "mixer 1", *BERTS},
+    "hybrid": {"GPT", *BERTS},
+    "BERT": {
+        "GPT", "hybrid", "latents", "qk_layernorm", "experts", "router bias", "expert bias", "shared experts",
+        "shared gate", "latent experts",
+    },
+}  # fmt: skip
 
 # Where the weights are; those of one place can be the rows of another once more.
 LAYERS = "decoder.layers.{l}."
-PLACES = ("mtp.layers.{k}.mtp_model_layer.layers.{l}.", "mtp.layers.{l}.transformer_layer.", "mtp.layers.{l}.", LAYERS)
+PLACES = (
+    "mtp.layers.{k}.mtp_model_layer.layers.{l}.", "mtp.layers.{l}.transformer_layer.", "mtp.layers.{l}.", LAYERS,
+    "encoder.layers.{l}.",
+)  # fmt: skip
 AGAIN = {
     "mtp.layers.{l}.transformer_layer.": "as the last layer of the decoder has them",
     "mtp.layers.{k}.mtp_model_layer.layers.{l}.": "by the head's own pattern, `mtp_layer_pattern`",
@@ -33,6 +47,8 @@ LETTERS: dict[str, tuple[str, str]] = {
     "S": ("max_position_embeddings", ""),
     "h": ("hidden_size", ""),
     "2h": ("2 * hidden_size", ""),
+    "2": ("2", ""),
+    "T": ("num_tokentypes", ""),
     "d": ("kv_channels", ""),
     "n": ("num_attention_heads", ""),
     "nd": ("num_attention_heads * kv_channels", ""),
@@ -77,6 +93,8 @@ CONDITIONS: dict[str, str] = {
     "qk_layernorm": "`qk_layernorm`, and not `qk_l2_norm`",
     "softmax_type learnable": "`softmax_type` is `learnable`",
     "learned positions": "`position_embedding_type` is `learned_absolute`",
+    "binary head": "`add_binary_head`",
+    "token types": "`num_tokentypes` is above 0",
     "untied": "not `tie_word_embeddings`",
     "attention": "the layer has attention",
     "heads": "the layer has attention, and not `multi_latent_attention`",
@@ -103,7 +121,7 @@ def rows_of(kind: str) -> list[Row]:
     found = []
     for row in TABLE:
         conditions = row.when.split(", ")
-        if not ELSEWHERE[kind].intersection(conditions):
+        if row.stack in ("", *STACKS[kind]) and not ELSEWHERE[kind].intersection(conditions):
             found.append(replace(row, when=", ".join(word for word in conditions if word != kind)))
     return found
 
@@ -162,7 +180,7 @@ def cut(row: Row) -> str:
 def letters(kind: str) -> str:
     """What the letters of these shapes mean."""
     used = dict.fromkeys(letter for row in rows_of(kind) for letter in row.shape.split())
-    lines = [f"| `{letter}` | `{LETTERS[letter][0]}` | {LETTERS[letter][1]} |" for letter in used if letter != "1"]
+    lines = [f"| `{letter}` | `{LETTERS[letter][0]}` | {LETTERS[letter][1]} |" for letter in used if letter not in "12"]
     return "\n".join(["| letter | in fields of the config | blocks, in this order |", "|---|---|---|", *lines])
 
 

@@ -352,8 +352,12 @@ ROWS: dict[str, Bad] = {
     "LLaVA": Bad(
         add("mp_rank_00_000", vision_model__conv1__weight=torch.ones(8)), (f"these weights belong to LLaVA, {NOT_YET}",)
     ),
-    "BERT": Bad(
-        add("mp_rank_00_000", lm_head__dense__weight=torch.ones(8)), (f"these weights belong to BERT or T5, {NOT_YET}",)
+    "T5": Bad(
+        add("mp_rank_00_000", lm_head__output_layer__bias=torch.ones(8)), (f"these weights belong to T5, {NOT_YET}",)
+    ),
+    "a head of BERT's": Bad(
+        add("mp_rank_00_000", lm_head__dense__weight=torch.ones(8)),
+        ("weights of a model that the args do not describe", "only with BERT"),
     ),
     # what people give by mistake
     "Hugging Face folder": Bad(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import killed
 import pytest
 from small import fingerprint, megahf, rewrite, write_torch
 
@@ -30,38 +31,9 @@ SIZES = {
     "padded_vocab_size": 8192,
 }
 
-# Converts, and dies at the given event: before or after a call that moves bytes, or at any call that names the target.
-CHILD = """
-import os, signal, sys
-from megahf.export import convert
-source, target, size, last = *sys.argv[1:4], int(sys.argv[4])
-count = 0
-def audited(name, arguments):
-    if any(target in str(argument) for argument in arguments):
-        event()
-def event():
-    global count
-    count += 1
-    if count == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-def counted(call):
-    def inner(*arguments):
-        event()
-        result = call(*arguments)
-        event()
-        return result
-    return inner
-for name in ("pwrite", "preadv", "fsync", "rename"):
-    setattr(os, name, counted(getattr(os, name)))
-sys.addaudithook(audited)
-convert(source, target, max_shard_size=size)
-print(count)
-"""
-
 
 def child(source: Path, target: Path, last: int = -1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, str(source), str(target), SHARD, str(last)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return killed.child(source, target, {"max_shard_size": SHARD}, last)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 from small import megahf, write_torch
 from small_hybrid import write_hybrid
-from tiny import HYBRIDS, MIXTURES, VARIANTS, tiny_config, tiny_hybrid_config
+from tiny import BERTS, HYBRIDS, MIXTURES, VARIANTS, tiny_bert_config, tiny_config, tiny_hybrid_config
 
 import megahf as package
 from megahf import cards, convert, rows
@@ -35,6 +35,7 @@ SAMPLES = Path(package.__file__).with_name("samples")
 CONFIGS: dict[str, Any] = {
     **{name: tiny_config(**fields) for name, fields in {**VARIANTS, **MIXTURES}.items()},
     **{f"hybrid, {name}": tiny_hybrid_config(name) for name in HYBRIDS},
+    **{f"BERT, {name}": tiny_bert_config(**fields) for name, fields in BERTS.items()},
 }
 FRESH = """
 import sys

@@ -226,6 +226,20 @@ def test_padding_changes_nothing_then_or_in_what_follows(
         torch.testing.assert_close(got, mixer(tokens[None])[0], rtol=1e-5, atol=1e-5)
 
 
+@kinds
+@torch.no_grad()
+def test_padding_that_is_a_span_by_itself_changes_nothing_in_what_follows(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer, hidden, token, mask = build(kind), stream(2, 9), stream(2, 1, seed=2), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 8] = 0
+    monkeypatch.setattr(state_space, "CPU_SPAN", 8)
+    cache = fresh_cache()
+    mixer(hidden, past_key_values=cache, rows=rows_of(mask, None, hidden, fresh=True))
+    alone = mixer(torch.cat((hidden[1:, :8], token[1:]), dim=1))[:, 8:]
+    torch.testing.assert_close(mixer(token, past_key_values=cache)[1:], alone, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_padding_inside_a_later_chunk_changes_nothing_either() -> None:
     mixer, first, second, cache = build("plain"), stream(2, 10), stream(2, 6, seed=2), fresh_cache()

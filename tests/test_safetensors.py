@@ -196,7 +196,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: save_file({"a": torch.ones(1)}, folder / "model-2.safetensors"), "a is in two files",
     ),
     "weight the index misses": (places(lambda made: made.pop("c")), r"index and files differ \(c\)"),
-    "weight only the index has": (places(lambda made: made.update(d="x")), r"index and files differ \(d\)"),
+    "weight only the index has": (places(lambda made: made.update(d=made["a"])), r"index and files differ \(d\)"),
+    "file only the index has": (
+        places(lambda made: made.update(d="x")), r"a file that the index names is missing \(.*/x\); copy it"
+    ),
     "weight in another file": (
         places(lambda made: made.update(c="model-1.safetensors")),
         "the index has it in model-1.safetensors, it is in model-2",

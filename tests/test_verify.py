@@ -100,7 +100,7 @@ EDITS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit(folder, lambda state: state[NORM][7:8].mul_(1.0000001)),
         rf"weights that differ from the checkpoint \({NORM}\)",
     ),
-    "missing shard": (lambda folder: shards(folder)[1].unlink(), "index and files differ"),
+    "missing shard": (lambda folder: shards(folder)[1].unlink(), "that the index names is missing"),
     "cut shard": (
         lambda folder: shards(folder)[1].write_bytes(shards(folder)[1].read_bytes()[:-1]), "the file was cut short",
     ),

@@ -345,7 +345,7 @@ def test_no_weight_is_left_out_or_taken_for_another_models(row: Row) -> None:
         ("decoder.layers.0.mlp.router.qb_beta", "quantile balancing of experts"),
         ("vision_model.conv1.weight", "LLaVA"),
         ("language_model.decoder.layers.0.mlp.linear_fc1.weight", "LLaVA"),
-        ("encoder.layers.0.mlp.linear_fc1.weight", "BERT or T5"),
+        ("decoder.layers.0.cross_attention.linear_q.weight", "T5"),
     ],
 )
 def test_weights_of_models_to_come_are_known_by_name(key: str, kind: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megahf.models.configuration_mcore import McoreGPTConfig
+from megahf.models.configuration_mcore_bert import McoreBertConfig
 from megahf.models.configuration_mcore_hybrid import McoreHybridConfig
 from megahf.models.modeling_mcore_gpt import McoreGPTForCausalLM
 from megahf.models.modeling_mcore_hybrid import McoreHybridForCausalLM
@@ -114,10 +115,21 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "mamba 1": {"hybrid_layer_pattern": "MM-", "mamba_version": 1},
 }
 
+BERTS: dict[str, dict[str, Any]] = {
+    "both heads": {},
+    "masked words": {"add_binary_head": False, "num_tokentypes": 0},
+    "rope and sinks": {**LLAMA, "softmax_type": "learnable"},
+}
+
 
 def tiny_config(**changes: Any) -> McoreGPTConfig:
     """Two layers of width 32, four heads in two groups, no dropout."""
     return McoreGPTConfig(**{**SIZES, **changes})
+
+
+def tiny_bert_config(**changes: Any) -> McoreBertConfig:
+    """A BERT of the same sizes; the layers' gelu is the exact one."""
+    return McoreBertConfig(**{**SIZES, "num_query_groups": 4, "activation_func": "gelu", **changes})
 
 
 def tiny_hybrid_config(variant: str, **changes: Any) -> McoreHybridConfig:

@@ -20,6 +20,7 @@ from megahf.tiles import Tiled
 
 __all__ = ["Checkpoint", "Entry", "Files", "Holding", "MappedFile", "Rank", "open_checkpoint"]
 
+UNFINISHED = ".megahf"  # inside a folder that is being written
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = re.compile(r"iter_(\d+)")
 GIVE = "give the directory that Megatron's --save named, or an iter_* or release directory inside it"
@@ -103,6 +104,8 @@ def existing_directory(path: Path) -> Path:
         raise refuse("there is nothing there", path, GIVE)
     if not path.is_dir():
         raise refuse("this is a file", path, GIVE)
+    if (path / UNFINISHED).exists():
+        raise refuse("this is what a conversion left that was stopped", path, "run the same command again")
     return path
 
 
@@ -153,6 +156,8 @@ def refuse_others(directory: Path) -> None:
             directory,
             "load it with from_pretrained and save it with save_pretrained",
         )
+    if "config.json" not in names and any(name.endswith(".safetensors") for name in names):
+        raise refuse("this is a Hugging Face folder without its config.json", directory, "copy that, too")
     if "model_config.yaml" in names or {"context", "weights"} <= names:
         raise refuse(
             "this is a NeMo checkpoint",

@@ -140,9 +140,12 @@ def stored(folder: Path, files: Files) -> dict[str, Written]:
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict):
             raise refuse("the index cannot be read: it has no weight_map", folder / INDEX)
-        for name in sorted(set(places) ^ set(found)):
+        absent = {name: file for name, file in places.items() if not (folder / str(file)).exists()}
+        for file in sorted(set(map(str, absent.values()))):
+            problems.add("a file that the index names is missing", folder / file, "copy it again, too")
+        for name in sorted((set(places) ^ set(found)) - set(absent)):
             problems.add("index and files differ", name)
-        for name in sorted(set(places) & set(found)):
+        for name in sorted(set(places) & set(found) - set(absent)):
             if places[name] != found[name].file.path.name:
                 problems.add(f"the index has it in {places[name]}, it is in {found[name].file.path.name}", name)
     problems.raise_if_any()

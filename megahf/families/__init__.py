@@ -13,6 +13,7 @@ from .gpt_oss import GPT_OSS
 from .granite import GRANITE
 from .llama import ARCEE, LLAMA, SEED_OSS
 from .mamba import MAMBA, MAMBA2
+from .megatron_bert import MEGATRON_BERT
 from .mistral import MINISTRAL, MISTRAL
 from .mixtral import MIXTRAL
 from .nemotron import NEMOTRON
@@ -42,6 +43,7 @@ ALL = (
     LLAMA,
     MAMBA,
     MAMBA2,
+    MEGATRON_BERT,
     MINISTRAL,
     MISTRAL,
     MIXTRAL,

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..cuts import Config
 from .family import GAMMA, GATED, ONE, QKV, Family, Field, Line, Settings, Theirs
-from .mixers import PLAIN_RMS, TIME_STEPS, check_layers, epsilon, mixer, width
+from .mixers import PLAIN_RMS, TIME_STEPS, check_layers, epsilon, groups, mixer, width
 from .rope import rope
 
 NAME, LAYER, BLOCK = "BambaForCausalLM", "decoder.layers.{l}.", "model.layers.{l}."
@@ -36,6 +36,7 @@ def write_layers(config: Config) -> dict[str, Any]:
     return {"num_hidden_layers": len(symbols), "attn_layer_indices": attends}
 
 
+UNUSED = frozenset(("num_logits_to_keep", "z_loss_coefficient", "attn_rotary_emb", "time_step_min", "time_step_max"))
 ATTENTION = (
     Line(f"{AT}linear_qkv.layer_norm_weight", (f"{BLOCK}input_layernorm.weight",), GAMMA, halved),
     Line(f"{AT}linear_qkv.weight", tuple(f"{BLOCK}self_attn.{x}_proj.weight" for x in "qkv"), QKV, halved),
@@ -87,6 +88,8 @@ BAMBA = Family(
         "mlp_bias": (False,),
         "mamba_proj_bias": (False,),
     },
-    harmless=frozenset(("num_logits_to_keep", "z_loss_coefficient", "attn_rotary_emb")),
+    harmless=UNUSED,
+    remarks=groups("mamba_n_groups", 1),
     pattern=pattern,
+    base="model.",
 )

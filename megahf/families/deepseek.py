@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and -V3 (and Moonlight, which is a V3): multi-latent attention and a mixture of experts.
+"""DeepSeek-V2 and -V3: multi-latent attention and a mixture of experts.
 
 Their norms of latents have an epsilon of 1e-6 whatever `rms_norm_eps` says; Megatron's have the model's. So models of
 another epsilon are refused. A router chooses among groups as Megatron's does only where a group is to give as many

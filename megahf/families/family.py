@@ -78,12 +78,14 @@ class Family:
         fixed: our fields that every model of the family has so.
         constants: their settings of which only some values are computed here; the first is written.
         harmless: their settings that leave the function as it is.
-        unheeded: their settings that are not heeded: the value with which that changes nothing, and what to say of
-            any other; the value is written.
+        remarks: what is worth saying of a model with such a config, coming in or going back.
         pattern: for hybrids, our pattern of layers from their config.
         ignored: stored names that are no weights, as regular expressions, and why.
         seen: sets what the stored names alone tell in our config, and gives what is worth saying of it.
+        once: names under which some versions stored a weight, and its name.
         base: what the names of a causal model's weights begin with, and those of its base model saved alone do not.
+        bert: whether it is a BERT, all others being GPTs and hybrids.
+        blank: shapes of arrays of zeros that theirs has where a model of ours has nothing, by their names.
     """
 
     name: str
@@ -94,23 +96,20 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
-    unheeded: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    remarks: Callable[[Theirs], list[str]] = lambda theirs: []
     pattern: Callable[[Theirs], str] | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
     seen: Callable[[Config, Collection[str]], list[str]] = lambda config, names: []
+    once: Mapping[str, str] = field(default_factory=dict)
     base: str = ""
+    bert: bool = False
+    blank: Callable[[Config], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
     @property
     def keys(self) -> set[str]:
         """Their settings that are looked at, or known to do nothing."""
         grouped = {key for settings in self.settings for key in settings.keys}
-        known = {*self.constants, *self.unheeded, *self.harmless, *COMMON}
-        return {row.theirs for row in self.fields} | grouped | known
-
-    def remarks(self, theirs: Theirs) -> list[str]:
-        """What is worth saying of settings that are not heeded."""
-        known = self.unheeded.items()
-        return [said.format(theirs[key]) for key, (value, said) in known if theirs.get(key, value) != value]
+        return {row.theirs for row in self.fields} | grouped | set(self.constants) | self.harmless | COMMON
 
 
 def pair(ours: str, theirs: str, weight: Joint, bias: Joint) -> tuple[Line, Line]:

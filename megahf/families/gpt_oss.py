@@ -1,6 +1,7 @@
 """GPT-OSS: experts with biases and a clamped gate, sinks, a window in every other layer, YaRN.
 
-Its experts are `[experts, in, out]`, with gate and up by turns in the first matrix.
+Its experts are `[experts, in, out]`, with gate and up by turns in the first matrix. Versions of transformers whose
+config has no `swiglu_limit` clamp at 7, whatever a config.json says.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..cuts import Config, deinterleaved, interleaved
+from ..cuts import Config
 from ..tiles import Tiled
 from . import windows
 from .experts import MLP, NORM, ROUTER, THEIR_MLP, WIDTHS
@@ -37,11 +38,11 @@ def as_by_matrix(whole: Tiled, config: Config) -> list[Tiled]:
 def by_halves(arrays: Sequence[Tiled], config: Config) -> Tiled:
     """Rows `[experts, gate, up, gate, ..]` as `[experts, gate | up]`."""
     (array,) = arrays
-    return deinterleaved(array, 1, 1)
+    return array.unflatten(1, (-1, 2)).swapaxes(1, 2).flatten(1)
 
 
 def as_turns(whole: Tiled, config: Config) -> list[Tiled]:
-    return [interleaved(whole, 1, 1)]
+    return [whole.unflatten(1, (2, -1)).swapaxes(1, 2).flatten(1)]
 
 
 EACH_TURNED = Joint(by_matrix, as_by_matrix)
@@ -84,7 +85,7 @@ GPT_OSS = Family(
         Field("swiglu_limit", "activation_func_clamp_value", 7.0),
     ),
     lines=(*EMBEDDINGS, *ATTENTION, *ATTENTION_BIASES, SINKS, *SPARSE),
-    settings=(replace(PLAIN, read=read_rotation), windows.by_layer(128, by_turns, switched=False), WIDTHS),
+    settings=(replace(PLAIN, read=read_rotation), windows.by_layer(128, by_turns, switched=False, needed=True), WIDTHS),
     fixed={
         **GATED_RMS,
         "add_bias_linear": True,

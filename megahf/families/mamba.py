@@ -11,7 +11,7 @@ from typing import Any
 
 from ..cuts import Config
 from .family import GAMMA, ONE, Family, Field, Line, Settings, Theirs
-from .mixers import IN_1, IN_2, PLAIN_RMS, TIME_STEPS, check_layers, epsilon, mixer, width
+from .mixers import IN_1, IN_2, PLAIN_RMS, TIME_STEPS, check_layers, epsilon, groups, mixer, width
 
 BLOCK = "backbone.layers.{l}."
 EMBEDDINGS = (
@@ -19,6 +19,7 @@ EMBEDDINGS = (
     Line("decoder.final_norm.weight", ("backbone.norm_f.weight",), GAMMA),
     Line("output_layer.weight", ("lm_head.weight",), ONE),
 )
+ONCE = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 SIZES = (
     Field("vocab_size", "vocab_size"),
     Field("hidden_size", "hidden_size"),
@@ -85,7 +86,10 @@ MAMBA2 = Family(
     fixed=NOTHING_ELSE,
     constants=PLAIN,
     harmless=UNUSED | {"time_step_rank"},
+    remarks=groups("n_groups", 8),
     pattern=only_mixers,
+    once=ONCE,
+    base="backbone.",
 )
 MAMBA = Family(
     name="mamba",
@@ -103,4 +107,6 @@ MAMBA = Family(
     constants=PLAIN,
     harmless=UNUSED,
     pattern=only_mixers,
+    once=ONCE,
+    base="backbone.",
 )

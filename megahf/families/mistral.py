@@ -21,5 +21,5 @@ MINISTRAL = replace(
     MISTRAL,
     name="ministral",
     architecture="MinistralForCausalLM",
-    settings=(ROPE, by_layer(4096, lambda theirs: [True] * theirs["num_hidden_layers"], switched=False)),
+    settings=(ROPE, by_layer(4096, lambda theirs: [True] * theirs["num_hidden_layers"], False, needed=True)),
 )

@@ -79,6 +79,19 @@ def width(heads: str, each: str, expand: str, default: int | str) -> Settings:
     return Settings((heads, each, expand), read, write)
 
 
+def groups(key: str, default: int) -> Callable[[Theirs], list[str]]:
+    """Whether the mixers' norms are of groups of channels, which transformers took up with 5.23."""
+
+    def remarks(theirs: Theirs) -> list[str]:
+        count = theirs.get(key, default)
+        told = (
+            f"{key} is {count}: Megatron, and transformers since 5.23, norm each group of a mixer's channels by itself"
+        )
+        return [f"{told}; transformers before that norms them all at once, which is another model"] if count > 1 else []
+
+    return remarks
+
+
 def unlimited(theirs: Theirs) -> dict[str, Any]:
     """Time steps as they come: Megatron's mixers have no bounds for them."""
     limits = theirs.get("time_step_limit") or UNLIMITED

@@ -11,16 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..cuts import Config
+from .activations import activation
 from .family import EXPERTS, GAMMA, ONE, QKV, Family, Field, Line, Settings, Theirs
+from .grouped import SIGMOID, check_ranks, kept_groups
 from .mixers import PLAIN_RMS, TIME_STEPS, check_layers, epsilon, mixer
 
 NAME, LAYER, BLOCK = "NemotronHForCausalLM", "decoder.layers.{l}.", "backbone.layers.{l}."
 AT, MLP, MIXER = f"{LAYER}self_attention.", f"{LAYER}mlp.", f"{BLOCK}mixer."
 NORM = (f"{BLOCK}norm.weight",)
+NOT_HEEDED = {"time_step_min": 1e-30}  # not 0: when it makes new weights, transformers takes the logarithm
 SYMBOLS = {
     "linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E",
 }  # fmt: skip
-ACTIVATIONS = {"relu2": "squared_relu", "silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Our names; theirs, the one that is written last; and what transformers has where none is there.
 SIZES: dict[str, tuple[tuple[str, ...], Any]] = {
     "kv_channels": (("attention_head_dim", "head_dim"), 128),
@@ -55,16 +57,6 @@ def write_layers(config: Config) -> dict[str, Any]:
     return {"hybrid_override_pattern": config.hybrid_layer_pattern, "num_hidden_layers": config.num_layers}
 
 
-def read_activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{name!r} is not among those built: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def write_activation(function: str) -> str:
-    return next((name for name, ours in ACTIVATIONS.items() if ours == function), function)
-
-
 def read_sizes(theirs: Theirs) -> dict[str, Any]:
     return {
         ours: next((theirs[name] for name in names if name in theirs), default)
@@ -86,12 +78,7 @@ def read_experts(theirs: Theirs) -> dict[str, Any]:
             f"norm_topk_prob is {theirs.get('norm_topk_prob', True)} with num_experts_per_tok {chosen}; Megatron makes "
             f"the weights of a token's experts sum to one where there are several, and not where there is one"
         )
-    if kept < groups and chosen // kept != 2:
-        raise ValueError(
-            f"a group of experts is ranked by its best 2, in Megatron by its best num_experts_per_tok / topk_group: "
-            f"{chosen // kept}"
-        )
-    return {
+    ours = {
         "num_experts": theirs.get("n_routed_experts", 8),
         "moe_ffn_hidden_size": theirs.get("moe_intermediate_size", 7688),
         "moe_shared_expert_intermediate_size": theirs.get("moe_shared_expert_intermediate_size", 7688),
@@ -100,10 +87,11 @@ def read_experts(theirs: Theirs) -> dict[str, Any]:
         "moe_router_num_groups": groups if kept < groups else None,
         "moe_router_group_topk": kept if kept < groups else None,
         "moe_router_topk_scaling_factor": float(theirs.get("routed_scaling_factor", 1.0)),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
         "moe_router_dtype": "fp32",
+        **SIGMOID,
     }
+    check_ranks(ours, 2)
+    return ours
 
 
 def write_experts(config: Config) -> dict[str, Any]:
@@ -111,6 +99,7 @@ def write_experts(config: Config) -> dict[str, Any]:
         return {}
     if not config.moe_shared_expert_intermediate_size:
         raise ValueError(f"the mixtures have no shared expert, in {NAME} they always have one")
+    groups, kept = kept_groups(config)
     return {
         "n_routed_experts": config.num_experts,
         "n_shared_experts": 1,
@@ -119,10 +108,22 @@ def write_experts(config: Config) -> dict[str, Any]:
         "moe_latent_size": config.moe_latent_size,
         "num_experts_per_tok": config.moe_router_topk,
         "norm_topk_prob": config.moe_router_topk > 1,
-        "n_group": config.moe_router_num_groups or 1,
-        "topk_group": config.moe_router_group_topk or 1,
+        "n_group": groups or 1,
+        "topk_group": kept or 1,
         "routed_scaling_factor": config.moe_router_topk_scaling_factor or 1.0,
     }
+
+
+def remarks(theirs: Theirs) -> list[str]:
+    said, least, heads = [], theirs.get("time_step_min", 0.001), theirs.get("num_nextn_predict_layers")
+    if least > NOT_HEEDED["time_step_min"]:
+        said.append(
+            f"time_step_min is {least}: transformers raises smaller time steps to it while it reads a prompt; here, as "
+            f"where the model was trained, they stay as they are, so that logits are not quite transformers'"
+        )
+    if heads:
+        said.append(f"num_nextn_predict_layers is {heads}: heads for further tokens are left out")
+    return said
 
 
 MIXTURE = (
@@ -167,7 +168,7 @@ NEMOTRON_H = Family(
         Field("num_key_value_heads", "num_query_groups", 8),
         Field("max_position_embeddings", "max_position_embeddings", 4096),
         Field("intermediate_size", "ffn_hidden_size", 21504),
-        Field("mlp_hidden_act", "activation_func", "relu2", read_activation, write_activation),
+        activation("mlp_hidden_act", "relu2"),
         Field("ssm_state_size", "mamba_state_dim", 128),
         Field("mamba_num_heads", "mamba_num_heads", 128),
         Field("mamba_head_dim", "mamba_head_dim", 64),
@@ -185,6 +186,7 @@ NEMOTRON_H = Family(
         Settings(("layers_block_type", "hybrid_override_pattern", "num_hidden_layers"), read_layers, write_layers),
         Settings(tuple(name for names, _ in SIZES.values() for name in names), read_sizes, write_sizes),
         Settings(MIXTURE, read_experts, write_experts),
+        Settings(("time_step_min", "num_nextn_predict_layers"), lambda theirs: {}, lambda config: NOT_HEEDED),
         epsilon("layer_norm_epsilon", pattern),
         TIME_STEPS,
     ),
@@ -205,14 +207,9 @@ NEMOTRON_H = Family(
         "sliding_window": (None,),
     },
     harmless=frozenset(UNUSED),
-    unheeded={
-        "time_step_min": (
-            1e-30,
-            "time_step_min {}: transformers raises smaller time steps to it while it reads a prompt; here, as where "
-            "the model was trained, they stay as they are, so that logits differ from transformers'",
-        ),
-        "num_nextn_predict_layers": (0, "num_nextn_predict_layers {}: heads for further tokens are left out"),
-    },
+    remarks=remarks,
     pattern=pattern,
+    once={"backbone.embedding.weight": "backbone.embeddings.weight"},
+    base="backbone.",
     ignored={r"mtp\..*": "heads for further tokens, which transformers leaves out, too"},
 )

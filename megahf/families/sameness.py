@@ -133,6 +133,7 @@ ALIKE: dict[str, Callable[[Config], Any]] = {
     "moe_router_topk_scaling_factor": lambda c: c.moe_router_topk_scaling_factor or 1.0,
     "yarn_mscale": lambda c: concentration("yarn_mscale", c),
     "yarn_mscale_all_dim": lambda c: concentration("yarn_mscale_all_dim", c),
+    "num_tokentypes": lambda c: max(getattr(c, "num_tokentypes", 0), 1),  # one of zeros is none
 }
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .. import arguments
+from .. import arguments, bert
 from ..cuts import Config
 from ..errors import Problems, Refused, refuse
-from ..rows import is_hybrid
+from ..models.checks import check_experts
+from ..rows import is_bert, is_hybrid
 from .family import MISSING, Family, Field, Theirs
+from .megatron_bert import OTHERS
 from .sameness import differences
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
@@ -40,7 +42,12 @@ def read_config(theirs: Theirs, family: Family, where: str | Path) -> tuple[Conf
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             problems.add(f"{', '.join(settings.keys)}: {error}", where)
     problems.raise_if_any()
-    return completed(ours, family, theirs), sorted(set(theirs) - family.keys)
+    made = completed(ours, family, theirs)
+    try:
+        check_experts(made)  # as the model class will
+    except ValueError as error:
+        raise refuse(str(error), where, "such a model cannot be built") from error
+    return made, sorted(set(theirs) - family.keys)
 
 
 def value_of(row: Field, theirs: Theirs) -> Any:
@@ -52,9 +59,9 @@ def value_of(row: Field, theirs: Theirs) -> Any:
 
 def completed(ours: dict[str, Any], family: Family, theirs: Theirs) -> Config:
     """All fields of a config: what the family does not say is as in a Megatron run that is not told otherwise."""
-    sizes = {name: ours.get(name) or 1 for name in REQUIRED}
+    sizes = {name: ours.get(name, 1) for name in REQUIRED}
     hybrid = {"hybrid_override_pattern": family.pattern(theirs), "is_hybrid_model": True} if family.pattern else {}
-    base = arguments.config({**sizes, **hybrid}, ours["vocab_size"])
+    base = arguments.config({**sizes, **hybrid, bert.MARK: family.bert}, ours["vocab_size"])
     for name, value in {**EVALUATED, **ours}.items():
         setattr(base, name, value)
     base.num_query_groups = ours.get("num_query_groups") or base.num_attention_heads
@@ -96,8 +103,11 @@ def write_config(config: Config, family: Family) -> dict[str, Any]:
 
 
 def check_kind(config: Config, family: Family) -> None:
-    """Refuses a GPT as a family of hybrids, and the other way round: they have no layers in common."""
-    if is_hybrid(config) and not family.pattern:
+    """Refuses a GPT as a family of hybrids, a BERT as either, and the other ways round: they have nothing in common."""
+    if is_bert(config) != family.bert:
+        kinds = {True: "a BERT, whose tokens see both ways", False: "a model that goes on with a text"}
+        fact = f"it is {kinds[is_bert(config)]}, {family.architecture} is {kinds[family.bert]}"
+    elif is_hybrid(config) and not family.pattern:
         fact = f"it is a hybrid whose layers are {config.hybrid_layer_pattern}, {family.architecture} is a GPT"
     elif family.pattern and not is_hybrid(config):
         fact = f"it is a GPT, layers of {family.architecture} are of several kinds"
@@ -112,6 +122,8 @@ def family_of(theirs: Theirs, families: dict[str, Family], where: Path) -> Famil
     if kind is None and "ssm_cfg" in theirs:
         remedy = "give a model that is converted for transformers; on the Hub such end in -hf"
         raise refuse("this is a folder of state-spaces' own, for their package mamba_ssm", where, remedy)
+    if kind in OTHERS:
+        raise refuse(f"model_type is {kind!r}: {OTHERS[str(kind)]}", where)
     if kind not in families:
         built = ", ".join(sorted(families))
         raise refuse(f"model_type {kind!r} is not among the families", where, f"built are {built}")

@@ -78,13 +78,16 @@ def everywhere(default: int | None) -> Settings:
     return Settings(("sliding_window", "layer_types"), ours, back)
 
 
-def by_layer(default: int | None, usual: Callable[[Theirs], list[bool]], switched: bool = True) -> Settings:
+def by_layer(
+    default: int | None, usual: Callable[[Theirs], list[bool]], switched: bool = True, needed: bool = False
+) -> Settings:
     """`layer_types` of each layer.
 
     Args:
         default: `sliding_window` where config.json does not say.
         usual: which layers have the window, if there is one, where config.json has no `layer_types`.
         switched: a window counts only with `use_sliding_window`.
+        needed: transformers' class does not run without a window.
     """
 
     def ours(theirs: Theirs) -> dict[str, Any]:
@@ -97,6 +100,8 @@ def by_layer(default: int | None, usual: Callable[[Theirs], list[bool]], switche
 
     def back(config: Config) -> dict[str, Any]:
         theirs = write(config)
+        if needed and theirs["sliding_window"] is None:
+            raise ValueError("there is no window: the architecture does not run without one")
         return {**theirs, "use_sliding_window": SLIDING in theirs["layer_types"]} if switched else theirs
 
     return Settings(("sliding_window", "layer_types", "use_sliding_window")[: 2 + switched], ours, back)

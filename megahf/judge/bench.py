@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megahf.checkpoint import open_checkpoint
+from megahf.discovery import marked, shapes_of
 from megahf.errors import refuse
 from megahf.judge.namespace import data_parallel_size, recovered
 from megahf.judge.pool import Pool
@@ -152,7 +153,7 @@ class Bench:
         Megatron loads it in every rank of its layout, by the arguments that lie in it.
         """
         checkpoint, size = open_checkpoint(written), known["args"]["vocab_size"]
-        tokens, arguments = known["input_ids"].numpy(), recovered(checkpoint.args)
+        tokens, arguments = known["input_ids"].numpy(), recovered(marked(checkpoint.args, shapes_of(checkpoint)))
         found = self.logits(arguments, checkpoint.path, checkpoint.format, tokens, sharded=True)
         return float(np.abs(found[..., :size] - known["logits"].numpy()[..., :size]).max())
 

@@ -16,6 +16,8 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from megahf.bert import LOCAL_SPEC
+
 if TYPE_CHECKING:
     import torch
     from megatron.core.models.mamba import MambaModel
@@ -41,8 +43,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def is_hybrid(args: Namespace) -> bool:
-    """`--spec` makes a hybrid: `mamba_builder` asks for it, and no other model here has one."""
-    return args.spec is not None
+    """`--spec` makes a hybrid: `mamba_builder` asks for it; of other models here only BERT has one, of one word."""
+    return args.spec not in (None, LOCAL_SPEC)
 
 
 def own_spec(name: str) -> list[str]:

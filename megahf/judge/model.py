@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahf.judge import hybrid
+from megahf.judge import bert, hybrid
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -103,6 +103,8 @@ def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, sta
     """`gpt_builder` with `gpt_config_from_args` of Megatron's main."""
     from megatron.core.models.gpt import GPTModel
 
+    if bert.is_bert(args):
+        return bert.chunk(args, made, first, last, stage)
     if hybrid.is_hybrid(args):
         return hybrid.chunk(args, made, first, last, stage)
     return GPTModel(
@@ -163,8 +165,10 @@ def mtp_spec(args: Namespace, made: TransformerConfig, stage: int | None) -> Any
 def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor) -> Tensor | None:
     """Pipelined forward of `[b, s]` tokens: fp32 logits `[1 + heads, b, s, padded vocabulary]`, the next token's first.
 
-    None but on the last stage. Heads are those for further tokens (MTP).
+    None but on the last stage. Heads are those for further tokens (MTP). Of BERT it is what `bert.logits` gives.
     """
+    if bert.is_bert(args):
+        return bert.logits(args, models, input_ids)
     from megatron.core import parallel_state
 
     stages = args.pipeline_model_parallel_size

@@ -9,8 +9,9 @@ from typing import Any
 
 from megahf import run_arguments
 from megahf.arguments import defaults
+from megahf.bert import MARK
 from megahf.errors import refuse
-from megahf.judge import hybrid
+from megahf.judge import bert, hybrid
 from megahf.run_arguments import data_parallel_size
 
 __all__ = ["data_parallel_size", "decoded", "defaults", "derive_run", "derive_sizes", "namespace", "plain", "recovered"]
@@ -24,20 +25,23 @@ def namespace(arguments: Mapping[str, Any]) -> Namespace:
     Raises:
         Refused: a name that no Megatron argument has.
     """
-    unknown = sorted(set(arguments) - set(defaults()) - set(hybrid.BEFORE))
+    unknown = sorted(set(arguments) - set(defaults()) - set(hybrid.BEFORE) - {MARK})
     if unknown:
         raise refuse(f"not an argument of Megatron's: {', '.join(unknown)}", "", "see megahf/arguments.json")
     args = Namespace(**{name: decoded(value) for name, value in {**defaults(), **arguments}.items()})
     derive_sizes(args)
     derive_run(args)
+    bert.derive(args)
     hybrid.derive(args)
     return args
 
 
 def recovered(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What `namespace` takes of a stored Namespace: names of older Megatrons as they are now, foreign ones left out."""
+    """What `namespace` takes of a stored Namespace: names of older Megatrons as they are now; foreign ones, and objects
+    of classes that reading does not run, left out."""
     renamed = {RENAMED.get(name, name): value for name, value in stored.items()}
-    return {name: value for name, value in renamed.items() if name in defaults() or name in hybrid.BEFORE}
+    known = {*defaults(), *hybrid.BEFORE, MARK}
+    return {name: value for name, value in renamed.items() if name in known and run_arguments.is_plain(value)}
 
 
 def decoded(value: object) -> object:

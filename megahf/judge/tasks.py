@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megahf.judge import cpu, hybrid, model, training, transformer_engine
+from megahf.judge import bert, cpu, hybrid, model, training, transformer_engine
 from megahf.judge.load import LOADERS, load_weights, put, save_weights
 from megahf.judge.namespace import namespace, plain
 from megahf.judge.save import save as write
@@ -52,7 +52,7 @@ def reference(arguments: Mapping[str, Any], out: Path, weights: Path | None, see
     for parameter in whole.parameters():  # what a sixteen-bit file holds exactly
         parameter.data.copy_(parameter.data.to(args.params_dtype))
     generator = torch.Generator().manual_seed(seed + 1)
-    input_ids = torch.randint(0, args.vocab_size, shape, generator=generator)  # [b, s]
+    input_ids = draw_tokens(args, shape, generator)
     out.mkdir(parents=True)
     save_weights([whole], out / "weights")
     told = known(args, whole, input_ids) | {
@@ -63,6 +63,13 @@ def reference(arguments: Mapping[str, Any], out: Path, weights: Path | None, see
     if weights is None:
         told["state_dict"] = {key: value for key, value in whole.state_dict().items() if is_weight(key, value)}
     torch.save(told, out / "reference.pt")
+
+
+def draw_tokens(args: Namespace, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Random tokens `[b, s]`; for BERT pairs of sentences, some of them padded."""
+    if bert.is_bert(args):
+        return bert.tokens(args.vocab_size, shape, generator)
+    return torch.randint(0, args.vocab_size, shape, generator=generator)
 
 
 def known(args: Namespace, whole: GPTModel, input_ids: Tensor, **more: Tensor) -> dict[str, Tensor]:

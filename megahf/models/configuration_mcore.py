@@ -40,6 +40,7 @@ class McoreGPTConfig(PreTrainedConfig):
         "rms_norm_eps": "layernorm_epsilon",
         "layer_norm_eps": "layernorm_epsilon",
     }
+    stack = "decoder"  # the name of the layers' module
     base_model_fsdp_plan = {  # noqa: RUF012
         "embedding.word_embeddings": "free_full_weight",
         "decoder.layers.*": "free_full_weight",

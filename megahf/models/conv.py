@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from .kernel_choice import may_run, takes
+from .triton_conv import WIDTHS, triton_conv1d, triton_conv1d_update
 
 try:
     from causal_conv1d import causal_conv1d_fn
@@ -38,6 +43,9 @@ class CausalConv1d(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As `causal_conv1d`; a step of decoding, without gradients, changes the state in place."""
+        if state is not None and x.shape[1] == 1 and seq_idx is None and mask is None and not torch.is_grad_enabled():
+            return causal_conv1d_update(state, x[:, 0], self.weight, self.bias)[:, None], state
         return causal_conv1d(x, self.weight, self.bias, state=state, seq_idx=seq_idx, mask=mask)
 
     def extra_repr(self) -> str:
@@ -71,8 +79,11 @@ def causal_conv1d(
     Returns:
         `[b, s, c]` in the dtype of `x`, and the state `[b, c, w]`.
     """
-    rows, length, channels = x.shape
     width = weight.shape[-1]
+    packaged = causal_conv1d_fn is not None and may_run("packages") and kernel_fits(x, width)
+    if not packaged and width in WIDTHS and takes(x, weight, bias, state):
+        return triton_conv1d(x, weight, bias, state, seq_idx, None if mask is None else mask.sum(dim=-1))
+    rows, length, channels = x.shape
     before = x.new_zeros(rows, width, channels) if state is None else state.transpose(1, 2).to(x.dtype)
     window = torch.cat((before, x), dim=1)  # [b, w + s, c]
     if mask is None:
@@ -81,24 +92,46 @@ def causal_conv1d(
         last = mask.sum(dim=-1, keepdim=True) + torch.arange(width, device=x.device)  # [b, w]
         after = window[torch.arange(rows, device=x.device)[:, None], last]
     documents = None if seq_idx is None else torch.cat((seq_idx[:, :1].expand(-1, width), seq_idx), dim=1)
-    if causal_conv1d_fn is not None and kernel_fits(window, width):
+    if packaged:
         return kernel(window, weight, bias, documents)[:, width:], after.transpose(1, 2)
 
-    taps = upcast(weight[:, 0]).t()  # [w, c]
     shifted = [upcast(window[:, 1 + tap : 1 + tap + length]) for tap in range(width)]
     if documents is not None:
         same = [documents[:, 1 + tap : 1 + tap + length] == documents[:, width:] for tap in range(width)]
         shifted = [inputs * here[..., None] for inputs, here in zip(shifted, same, strict=True)]
-    out = shifted[0] * taps[0] if bias is None else torch.addcmul(upcast(bias), shifted[0], taps[0])
-    for inputs, tap in zip(shifted[1:], taps[1:], strict=True):
+    return weigh(shifted, weight, bias).to(x.dtype), after.transpose(1, 2)
+
+
+def weigh(shifted: Iterable[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`silu` of the weighted sum of a token's inputs `[..., c]`, the oldest first."""
+    taps = upcast(weight[:, 0]).t()  # [w, c]
+    first, *rest = shifted
+    out = first * taps[0] if bias is None else torch.addcmul(upcast(bias), first, taps[0])
+    for inputs, tap in zip(rest, taps[1:], strict=True):
         out.addcmul_(inputs, tap)
-    return F.silu(out).to(x.dtype), after.transpose(1, 2)
+    return F.silu(out)
 
 
-def kernel_fits(window: Tensor, width: int) -> bool:
-    """Whether `causal-conv1d` takes these inputs and counts their offsets right."""
-    taken = window.is_cuda and window.dtype != torch.float64 and 2 <= width <= 4 and window.shape[-1] % 8 == 0
-    return taken and window.numel() < OFFSETS
+def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One token more: changes `state` `[b, c, w]` in place.
+
+    Args:
+        x: `[b, c]`; weight: `[c, 1, w]`; bias: `[c]`.
+
+    Returns:
+        `[b, c]` in the dtype of `x`.
+    """
+    if weight.shape[-1] in WIDTHS and takes(x, weight, bias, state):
+        return triton_conv1d_update(state, x, weight, bias)
+    state.copy_(torch.cat((state[..., 1:], x[..., None].to(state.dtype)), dim=-1))
+    return weigh(upcast(state.to(x.dtype)).unbind(-1), weight, bias).to(x.dtype)
+
+
+def kernel_fits(x: Tensor, width: int) -> bool:
+    """Whether `causal-conv1d` takes `x` `[b, s, c]` with a state in front, and counts its offsets right."""
+    rows, length, channels = x.shape
+    taken = x.is_cuda and x.dtype != torch.float64 and 2 <= width <= 4 and channels % 8 == 0
+    return taken and rows * (width + length) * channels < OFFSETS
 
 
 def kernel(window: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .conv import CausalConv1d, upcast
+from .kernel_choice import takes
 from .mlp import ResidualLinear
 from .norm import build_norm
 from .ssd import ssd_scan, ssd_update
 from .state_space import Rows, States, walk
+from .triton_norm import LARGEST, triton_gated_norm
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -35,6 +37,8 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        if y.shape[-1] <= LARGEST * self.groups and takes(y, z, self.weight):
+            return triton_gated_norm(y, z, self.weight, self.groups, self.eps)
         gated = (upcast(y) * F.silu(upcast(z))).unflatten(-1, (self.groups, -1))  # [b, s, g, d / g]
         scale = torch.rsqrt(gated.square().mean(dim=-1, keepdim=True) + self.eps)
         return ((gated * scale).flatten(-2) * upcast(self.weight)).to(y.dtype)
@@ -96,7 +100,7 @@ class MambaMixer(nn.Module):
         A = -torch.exp(upcast(self.A_log))
         D = self.D if len(self.D) == self.heads else self.D.view(heads)
         gate = z.unflatten(-1, heads) if self.norm is None else None
-        if hidden.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+        if hidden.shape[1] == 1 and state is not None and rows.mask is None and not torch.is_grad_enabled():
             gate = None if gate is None else gate[:, 0]
             y = ssd_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, gate, dt_bias=self.dt_bias)[:, None]
         else:

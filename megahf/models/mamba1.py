@@ -70,7 +70,7 @@ class Mamba1Mixer(nn.Module):
         x, conv_state = self.conv1d(x, conv_state, rows.seq_idx, rows.mask)
         dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
         dt, A = self.dt_proj(dt), -torch.exp(upcast(self.A_log))
-        if hidden.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+        if hidden.shape[1] == 1 and state is not None and rows.mask is None and not torch.is_grad_enabled():
             y = selective_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0])[:, None]
         else:
             options: dict[str, Any] = {"state": state, "seq_idx": rows.seq_idx, "mask": rows.mask}

@@ -13,7 +13,6 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 if TYPE_CHECKING:
     from .configuration_mcore import McoreGPTConfig
 
-LAYER = "decoder.layers.*."
 MATRICES = ("gate_up_proj", "down_proj")  # of the experts
 
 
@@ -22,8 +21,12 @@ def tensor_parallel_plan(config: McoreGPTConfig) -> dict[str, str]:
     parts = {"self_attention": attention_plan, "mlp": mlp_plan, "experts": experts_plan}
     plan = {"embedding.word_embeddings": "embedding_rowwise"}
     for part in sorted(config.layer_parts):
-        plan |= {LAYER + name: style for name, style in parts[part](config).items()}
+        plan |= {layer(config) + name: style for name, style in parts[part](config).items()}
     return plan
+
+
+def layer(config: McoreGPTConfig) -> str:
+    return f"{config.stack}.layers.*."
 
 
 def attention_plan(config: McoreGPTConfig) -> dict[str, str]:
@@ -69,7 +72,8 @@ def expert_parallel_plan(config: McoreGPTConfig) -> dict[str, str]:
     if "experts" not in config.layer_parts or (config.moe_apply_probs_on_input and not sends):
         return {}
     names = [f"{matrix}{bias}" for matrix in MATRICES for bias in (("", "_bias") if config.add_bias_linear else ("",))]
-    plan = {f"{LAYER}mlp.experts.{name}": "grouped_gemm" for name in names}
+    at = layer(config)
+    plan = {f"{at}mlp.experts.{name}": "grouped_gemm" for name in names}
     if sends:
-        return {**plan, f"{LAYER}mlp.experts": "ep_dispatch_experts"}
-    return {**plan, f"{LAYER}mlp.experts": "moe_tp_experts", f"{LAYER}mlp.router": "ep_router"}
+        return {**plan, f"{at}mlp.experts": "ep_dispatch_experts"}
+    return {**plan, f"{at}mlp.experts": "moe_tp_experts", f"{at}mlp.router": "ep_router"}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .conv import OFFSETS, upcast
+from .kernel_choice import may_run
 
 try:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -74,7 +75,7 @@ def ssd_scan(
     rows, length, heads, _ = x.shape
     dt = time_step(dt, dt_bias, mask)
     A = A.to(dt.dtype)
-    if mamba_chunk_scan_combined is not None and kernel_fits(x, B):
+    if mamba_chunk_scan_combined is not None and may_run("packages") and kernel_fits(x, B):
         return kernel(x, dt, A, B, C, D, z, state, seq_idx)
     if state is None:
         state = dt.new_zeros(rows, heads, x.shape[-1], B.shape[-1])

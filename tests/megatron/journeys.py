@@ -52,7 +52,6 @@ EVERYDAY = (
 THOROUGH = (
     *EVERYDAY,
     ("to layout", "to format"),
-    ("kind", "to layout"),
     ("kind", "to format"),
     ("kind", "to spec"),
     ("kind", "format"),
@@ -79,14 +78,15 @@ class Journey(NamedTuple):
         layouts = cases_hybrid.ALL_LAYOUTS if isinstance(self.source, HybridCase) else ALL_LAYOUTS
         told = {KEYWORDS[name]: value for name, value in layouts[self.layout].items() if name in KEYWORDS}
         told = {name: value for name, value in told.items() if value is not None}
+        experts = EXPERTS.get(self.spec, "sequential")
         if isinstance(self.source, HybridCase):
             if self.layout in cases_hybrid.STAGES:
                 told["layout"] = self.arrival.arguments["hybrid_layer_pattern"]
             experts = "sequential" if self.spec == "local" else "te-grouped"
-        else:
-            experts = EXPERTS.get(self.spec, "sequential")
-        return {**told, "format": self.format, "engine": self.spec.startswith("te"), "experts": experts,
-                "divisible_by": self.source.arguments.get("make_vocab_size_divisible_by", 128)}  # fmt: skip
+        if self.source.arguments.get("num_experts"):
+            told["experts"] = experts
+        divisible_by = self.source.arguments.get("make_vocab_size_divisible_by", 128)
+        return {**told, "format": self.format, "engine": self.spec.startswith("te"), "divisible_by": divisible_by}
 
     @property
     def features(self) -> dict[str, Any]:

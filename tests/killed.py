@@ -1,0 +1,43 @@
+"""Conversions that die at a chosen moment, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# Converts, and dies at the given event: before or after a call that moves bytes, or at any call that names the target.
+CHILD = """
+import json, os, signal, sys
+from megahf.export import convert
+source, target, options, last = *sys.argv[1:3], json.loads(sys.argv[3]), int(sys.argv[4])
+count = 0
+def audited(name, arguments):
+    if any(target in str(argument) for argument in arguments):
+        event()
+def event():
+    global count
+    count += 1
+    if count == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+def counted(call):
+    def inner(*arguments):
+        event()
+        result = call(*arguments)
+        event()
+        return result
+    return inner
+for name in ("pwrite", "preadv", "fsync", "rename"):
+    setattr(os, name, counted(getattr(os, name)))
+sys.addaudithook(audited)
+convert(source, target, **options)
+print(count)
+"""
+
+
+def child(source: Path, target: Path, options: dict[str, Any], last: int = -1) -> subprocess.CompletedProcess[str]:
+    """Converts in another process, which dies at the event number `last`, and else says how many events it had."""
+    command = [sys.executable, "-c", CHILD, str(source), str(target), json.dumps(options), str(last)]
+    return subprocess.run(command, capture_output=True, text=True)
