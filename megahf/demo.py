@@ -189,7 +189,7 @@ def judged(place: Path, model: LlamaForCausalLM) -> None:
             sizes = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2}
             bench.save_weights(smollm2.arguments(model.config) | sizes, place / "weights.pt", place / "judge")
             (place / "weights.pt").unlink()
-        known = torch.load(place / "judge" / "reference.pt")
+        known = torch.load(place / "judge" / "reference.pt", weights_only=True)
         for name in ("megatron", "recut"):
             with step(f"{MEGATRON} loads {name} in each of its ranks") as results:
                 verify(place / "judge", place / name)

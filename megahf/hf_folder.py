@@ -29,7 +29,7 @@ from .stored import check_shape
 from .tiles import Tiled
 from .weights import TABLE, Weight, weights
 
-CONFIG = "config.json"
+CONFIG, PATTERN = "config.json", "hybrid_layer_pattern"
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -89,11 +89,13 @@ def tiled(written: Written) -> Tiled:
 
 def own_config(theirs: Theirs, folder: Path) -> Config:
     """The config of a folder that holds a model of ours."""
-    kind = {name: theirs[name] for name in ("hybrid_layer_pattern",) if name in theirs}
-    kind |= {bert.MARK: theirs["model_type"] == "mcore_bert"}
-    sizes = {name: theirs.get(name, 1) for name in REQUIRED}
+    told = {name: theirs.get(name, 1) for name in REQUIRED}
+    told |= {
+        "hybrid_layer_pattern": theirs.get("hybrid_layer_pattern"),
+        bert.MARK: theirs["model_type"] == "mcore_bert",
+    }
     try:
-        fields = vars(arguments.config({**sizes, **kind}, theirs["vocab_size"]))
+        fields = vars(arguments.config(told, theirs["vocab_size"]))
     except KeyError as error:
         raise refuse(f"the config has no {error}", folder / CONFIG) from error
     if lacking := sorted(set(fields) - set(theirs)):

@@ -1,12 +1,16 @@
-"""Conversions that die at a chosen moment, in a process of their own."""
+"""Conversions that die at a chosen moment, in a process of their own; and disks that are full at one."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Converts, and dies at the given event: before or after a call that moves bytes, or at any call that names the target.
 CHILD = """
@@ -41,3 +45,17 @@ def child(source: Path, target: Path, options: dict[str, Any], last: int = -1) -
     """Converts in another process, which dies at the event number `last`, and else says how many events it had."""
     command = [sys.executable, "-c", CHILD, str(source), str(target), json.dumps(options), str(last)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@contextmanager
+def no_space(call: str, step: int) -> Iterator[None]:
+    """`os.call` finds the disk full after `step` uses."""
+    real, steps = getattr(os, call), iter(range(step))
+
+    def full(*arguments: object, **options: object) -> object:
+        if next(steps, None) is None:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    with patch.object(os, call, full):
+        yield

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import killed
@@ -179,20 +179,10 @@ def test_a_full_disk_is_said_and_nothing_is_left(big: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "rename", "truncate", "mkdir"])
-def test_no_space_at_any_step_is_said_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_no_space_at_any_step_is_said_and_nothing_is_left(tmp_path: Path, call: str) -> None:
     write_torch(tmp_path / "ckpt")
     for step in range(40):
-        real, steps = getattr(os, call), iter(range(step))
-
-        def full(*arguments: object, real: Callable = real, steps: Iterator = steps, **options: object) -> object:
-            if next(steps, None) is None:
-                raise OSError(28, "No space left on device")
-            return real(*arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, full)
+        with killed.no_space(call, step):
             result = megahf("convert", tmp_path / "ckpt", tmp_path / "new" / "hf", "--max-shard-size", "40KB")
         if result.exit_code == 0:  # nothing that counts came after so many calls
             assert step > 0

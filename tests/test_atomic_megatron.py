@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import shutil
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killed import child
+from killed import child, no_space
 from small import fingerprint, megahf, write_torch
 
 from megahf import convert, execute, staging
@@ -138,21 +136,11 @@ def test_a_full_disk_is_said_and_nothing_is_left(big: Path, tmp_path: Path, form
 
 @formats
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "rename", "truncate", "mkdir"])
-def test_no_space_at_any_step_is_said_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, format: str
-) -> None:
+def test_no_space_at_any_step_is_said_and_nothing_is_left(tmp_path: Path, call: str, format: str) -> None:
     write_torch(tmp_path / "ckpt")
     command = ("convert", tmp_path / "ckpt", tmp_path / "new" / "out", "--to", "megatron", "--format", format)
     for step in (0, 1, 2, 3, 5, 8, 13, 21, 34, 1000):
-        real, steps = getattr(os, call), iter(range(step))
-
-        def full(*arguments: object, real: Callable = real, steps: Iterator = steps, **options: object) -> object:
-            if next(steps, None) is None:
-                raise OSError(28, "No space left on device")
-            return real(*arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, full)
+        with no_space(call, step):
             result = megahf(*command, "--tp", "2")
         if result.exit_code == 0:  # nothing that counts came after so many calls
             assert step > 0

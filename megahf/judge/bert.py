@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahf.bert import LOCAL_SPEC, MARK
+from megahf.judge import transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.models.bert.bert_model import BertModel
@@ -61,14 +62,10 @@ def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, sta
 
 def layer_spec(args: Namespace) -> Any:
     """Megatron's own spec of a layer, and the final norm with it."""
-    from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.bert import bert_layer_specs
-    from megatron.core.transformer import transformer_block
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    block: Any = transformer_block
     engine = args.transformer_impl == "transformer_engine"
-    block.LayerNormImpl = TENorm if engine else WrappedTorchNorm  # local: as where Transformer Engine is not installed
+    transformer_engine.choose_final_norm(engine)
     if engine:
         return bert_layer_specs.get_bert_layer_with_transformer_engine_spec()
     return bert_layer_specs.bert_layer_local_spec

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahf.judge import bert, hybrid
+from megahf.judge import bert, hybrid, transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -128,14 +128,10 @@ def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, sta
 
 def layer_spec(args: Namespace, made: TransformerConfig, stage: int | None) -> Any:
     """Megatron's own spec of a layer, or of this chunk's layers where some have experts; and the final norm with it."""
-    from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer import transformer_block
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    block: Any = transformer_block
     engine = args.transformer_impl == "transformer_engine"
-    block.LayerNormImpl = TENorm if engine else WrappedTorchNorm  # local: as where Transformer Engine is not installed
+    transformer_engine.choose_final_norm(engine)
     if args.num_experts:
         return gpt_layer_specs.get_gpt_decoder_block_spec(
             made, engine, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm, vp_stage=stage

@@ -290,3 +290,13 @@ def place(name: str, members: dict[str, Any]) -> None:
     parent, _, child = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], child, module)
+
+
+def choose_final_norm(engine: bool) -> None:
+    """The norm that Megatron's blocks end with; local layers' as where Transformer Engine is not installed."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    block: Any = transformer_block
+    block.LayerNormImpl = TENorm if engine else WrappedTorchNorm

@@ -87,6 +87,13 @@ class McorePreTrainedModel(SharedModel):
             raise ImportError("Reading Megatron checkpoints needs the megahf package: pip install megahf") from error
         return from_megatron(path, model_class=cls, **options)
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The matrix to the vocabulary's logits, by Megatron's name; None in classes without one."""
+        return getattr(self, "output_layer", None)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.output_layer = new_embeddings
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, max_shard_size: int | str = "5GB", **kwargs: Any
     ) -> None:

@@ -194,12 +194,6 @@ class McoreBertForPreTraining(McoreBertPreTrainedModel):
         self.loss_type = "ForMaskedLM"
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.output_layer
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.output_layer = new_embeddings
-
     @can_return_tuple
     def forward(
         self,
@@ -268,66 +262,56 @@ class McoreBertForMaskedLM(McoreBertForPreTraining):
         )
 
 
-class McoreBertForSequenceClassification(McoreBertPreTrainedModel):
+class McoreBertClassifier(McoreBertPreTrainedModel):
+    """A score a label, of whole sequences from the pooler or of each token."""
+
+    pooled: ClassVar[bool]
+
+    def __init__(self, config: McoreBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = McoreBertModel(config, pooling=self.pooled)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.classification_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | TokenClassifierOutput:
+        """Logits `[b, labels]`, or `[b, s, labels]` of tokens, and the loss if `labels` `[b]` or `[b, s]` are given.
+
+        Of sequences by transformers' `problem_type`; of tokens -100 is not counted.
+        """
+        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classification_head(
+            self.dropout(outputs.pooler_output if self.pooled else outputs.last_hidden_state)
+        )
+        loss, result = None, SequenceClassifierOutput if self.pooled else TokenClassifierOutput
+        if labels is not None:
+            named = {"pooled_logits" if self.pooled else "logits": logits, "labels": labels, "config": self.config}
+            loss = self.loss_function(**named, **kwargs)
+        return result(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class McoreBertForSequenceClassification(McoreBertClassifier):
     """Tokens to one score a label, from the pooler."""
 
-    def __init__(self, config: McoreBertConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = McoreBertModel(config, pooling=True)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.classification_head = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits `[b, labels]`, and the loss by transformers' `problem_type` if `labels` are given."""
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = self.classification_head(self.dropout(outputs.pooler_output))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+    pooled = True
 
 
-class McoreBertForTokenClassification(McoreBertPreTrainedModel):
+class McoreBertForTokenClassification(McoreBertClassifier):
     """Tokens to one score a label and token."""
 
-    def __init__(self, config: McoreBertConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = McoreBertModel(config, pooling=False)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.classification_head = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
+    pooled = False
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(model\.)?pooler\."]
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """Logits `[b, s, labels]`, and the loss if `labels` `[b, s]` are given (-100: not counted)."""
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = self.classification_head(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 register_names("mcore_bert", *PREFIXES, *NORMS)

@@ -194,12 +194,6 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
         self.output_layer: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.output_layer
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.output_layer = new_embeddings
-
     @can_return_tuple
     def forward(
         self,
