@@ -5,13 +5,11 @@ Real Megatron is in tests/megatron/test_bert.py.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stranger
 import torch
 import transformers as T
 from test_remote_code import digests, load_fresh
@@ -267,7 +265,6 @@ def tokenizer() -> T.PreTrainedTokenizerFast:
 
 WITHOUT_MEGAHF = """
 import sys
-sys.modules["megahf"] = None  # an import of it fails
 from transformers import pipeline
 fill = pipeline("fill-mask", model=sys.argv[1], trust_remote_code=True)
 print(fill("the ship [MASK] at dawn")[0]["token_str"])
@@ -291,9 +288,7 @@ def test_the_fill_mask_pipeline_says_the_word_with_megahf_and_without(tmp_path: 
     assert type(fill.model) is bert.McoreBertForMaskedLM
     said = fill(["the ship [MASK] at dawn", "and the crew is [MASK] asleep"], batch_size=2)
     assert [row[0]["token_str"] for row in said] == ["sails", "still"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_MEGAHF, str(tmp_path / "model")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = stranger.run(WITHOUT_MEGAHF, tmp_path / "model", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "sails"
 

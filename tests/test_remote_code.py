@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stranger
 import torch
 from safetensors import safe_open
 from tiny import LLAMA, VARIANTS, randomise, tiny, tiny_config, tokens
@@ -29,14 +28,9 @@ CLASSES = {
     "AutoModelForTokenClassification": gpt.McoreGPTForTokenClassification,
     "AutoModelForQuestionAnswering": gpt.McoreGPTForQuestionAnswering,
 }
-# Hides megahf, loads SRC by the class named AUTO, keeps what it computes, saves it again to DST.
+# Loads SRC by the class named AUTO, keeps what it computes, saves it again to DST.
 FRESH = """
 import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "megahf":
-            raise ModuleNotFoundError("No module named 'megahf'", name="megahf")
-sys.meta_path.insert(0, Hidden())
 import torch, transformers
 src, auto, dst = sys.argv[1:]
 config = transformers.AutoConfig.from_pretrained(src, trust_remote_code=True)
@@ -66,14 +60,7 @@ def digests(folder: Path) -> dict[str, str]:
 def load_fresh(source: Path, auto: str, target: Path) -> dict[str, Any]:
     """What a fresh process makes of the folder."""
     torch.save(tokens(1, 7), source / "ids.pt")
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(target.parent / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", FRESH, str(source), auto, str(target)]
-    done = subprocess.run(command, env=environment, cwd=source, capture_output=True, text=True)
+    done = stranger.run(FRESH, source, auto, target, folder=source)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(source / "out.pt")
 
