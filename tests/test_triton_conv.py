@@ -16,21 +16,27 @@ from without_gpu import SHARED_MEMORY, compiled, interpreted
 from megahf.models import conv, triton_conv
 from megahf.models.conv import CausalConv1d, causal_conv1d, causal_conv1d_update
 from megahf.models.kernel_choice import only
-from megahf.models.triton_conv import Config, triton_conv1d, triton_conv1d_update
+from megahf.models.triton_conv import triton_conv1d, triton_conv1d_update
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CHANNELS = 20  # no whole block
+SMALL = {"TOKENS": 8, "CHANNELS": 32, "num_warps": 1}
 NAMES = ("x", "weight", "bias", "state")
-DOCUMENTS = {9: [8, 1], 19: [3, 1, 1, 5, 6, 3]}  # that start where a block does, around it, and one by one
+# Documents that start where a block of 8 tokens does, around it, and one by one; then of 16 and 64.
+DOCUMENTS = {9: [8, 1], 19: [3, 1, 1, 5, 6, 3], 140: [15, 1, 1, 46, 1, 1, 70, 5]}
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(triton_conv, "FORWARD", SMALL)
+    patch.setattr(triton_conv, "BACKWARD", SMALL)
+    patch.setattr(triton_conv, "UPDATE", {"CHANNELS": 32, "num_warps": 1})
 
 
 @pytest.fixture
 def small() -> Iterator[pytest.MonkeyPatch]:
     """The interpreter, with blocks of 8 tokens, and memory that holds NaN until something is stored."""
     with interpreted(triton_conv) as patch:
-        patch.setattr(triton_conv, "FORWARD_DEFAULT", Config(8, 32, 1))
-        patch.setattr(triton_conv, "BACKWARD_DEFAULT", Config(8, 32, 1))
-        patch.setattr(triton_conv, "UPDATE", Config(1, 32, 1))
+        shrink(patch)
         torch.use_deterministic_algorithms(True)
         yield patch
         torch.use_deterministic_algorithms(False)
@@ -91,7 +97,8 @@ def errors(call: Any, given: dict[str, Tensor | None]) -> dict[str, float]:
     exact = doubled(given)
     results, wanted = call(**given), written_down(**exact)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(*t.shape[:-1], t.shape[-1] + 3, generator=generator)[..., 1:-2] for t in wanted]
+    wide = [torch.randn(*t.shape[:-1], t.shape[-1] + 3, generator=generator) for t in wanted]
+    weights = [weight.to(results[0].device)[..., 1:-2] for weight in wide]
     names = [name for name in NAMES if given[name] is not None]
     gradients = torch.autograd.grad(
         results, [given[name] for name in names], [w.to(t.dtype) for w, t in zip(weights, results, strict=True)]
@@ -125,8 +132,8 @@ def test_it_is_the_convolution_with_every_gradient(length: int, width: int, opti
 
 
 def test_channels_of_several_programs(small: pytest.MonkeyPatch) -> None:
-    for name in ("FORWARD_DEFAULT", "BACKWARD_DEFAULT"):
-        small.setattr(triton_conv, name, Config(8, 16, 1))
+    for name in ("FORWARD", "BACKWARD"):
+        small.setattr(triton_conv, name, SMALL | {"CHANNELS": 16})
     assert max(errors(triton_conv1d, inputs(9, 4, "bias state documents")).values()) < TOLERANCE[torch.float32]
 
 

@@ -14,11 +14,11 @@ from test_mamba_mixer import build, fresh_cache, stream
 from torch import Tensor
 from without_gpu import SHARED_MEMORY, compiled, interpreted
 
-from megahf.models import triton_conv, triton_norm
+from megahf.models import triton_conv, triton_norm, triton_ssd, triton_ssd_backward, triton_ssd_update
 from megahf.models.kernel_choice import kinds, only
 from megahf.models.mamba import GatedRMSNorm
 from megahf.models.state_space import Rows
-from megahf.models.triton_norm import LARGEST, Config, triton_gated_norm
+from megahf.models.triton_norm import LARGEST, triton_gated_norm
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPSILON = 1e-5
@@ -27,8 +27,9 @@ EPSILON = 1e-5
 @pytest.fixture
 def small() -> Iterator[pytest.MonkeyPatch]:
     """The interpreter, rows shared by 3 programs, and memory that holds NaN until something is stored."""
-    with interpreted(triton_conv, triton_norm) as patch:
-        patch.setattr(triton_norm, "BACKWARD_DEFAULT", Config(channels=16, programs=3))
+    modules = triton_conv, triton_norm, triton_ssd, triton_ssd_backward, triton_ssd_update
+    with interpreted(*modules) as patch:
+        patch.setattr(triton_norm, "BACKWARD", {"channels": 16, "programs": 3})
         torch.use_deterministic_algorithms(True)
         yield patch
         torch.use_deterministic_algorithms(False)
@@ -57,7 +58,7 @@ def errors(call: Any, leaves: list[Tensor], groups: int) -> list[float]:
     """Of the output and every gradient of `call`."""
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     out, wanted = call(*leaves, groups, EPSILON), written_down(*exact, groups)
-    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(out)
     gradients = torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(wanted, exact, upstream.double())
     return [error(*pair) for pair in zip((out, *gradients[0]), (wanted, *gradients[1]), strict=True)]
 
@@ -69,7 +70,10 @@ def twin(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tenso
         return module(y, z)
 
 
-@pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 24), (1, 8, 8), (5, 2, 33), (4, 3, 5)])
+SHAPES = [(1, 1, 24), (1, 8, 8), (5, 2, 33), (4, 3, 5)]
+
+
+@pytest.mark.parametrize(("rows", "groups", "size"), SHAPES)
 @pytest.mark.usefixtures("small")
 def test_it_is_the_gated_norm_with_every_gradient(rows: int, groups: int, size: int) -> None:
     assert max(errors(triton_gated_norm, inputs(rows, groups, size, torch.float32), groups)) < 2e-5
@@ -104,9 +108,10 @@ def test_a_compiled_graph_holds_it_whole_forwards_and_backwards() -> None:
 
 
 def test_a_mixer_is_the_same_with_kernels_and_without(small: pytest.MonkeyPatch) -> None:
-    small.setattr(triton_conv, "FORWARD_DEFAULT", triton_conv.Config(8, 128, 1))
-    small.setattr(triton_conv, "BACKWARD_DEFAULT", triton_conv.Config(8, 128, 1))
-    small.setattr(triton_conv, "UPDATE", triton_conv.Config(1, 128, 1))
+    tile = {"TOKENS": 8, "CHANNELS": 128, "num_warps": 1}
+    small.setattr(triton_conv, "FORWARD", tile)
+    small.setattr(triton_conv, "BACKWARD", tile)
+    small.setattr(triton_conv, "UPDATE", {"CHANNELS": 128, "num_warps": 1})
     mixer, documents, ran = build("plain"), torch.tensor([[0] * 4 + [1] * 6] * 2), []
     real = triton_norm.norm_forward
     small.setattr(triton_norm, "forward", lambda *args: ran.append(1) or real(*args))

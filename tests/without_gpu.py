@@ -33,6 +33,7 @@ from megahf.models import kernel_choice  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
 MULTIPLIES = r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync"  # what tensor cores do, in PTX
+NEWEST = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MOST_SPILLS = 16
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -40,8 +41,6 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 @contextmanager
 def interpreted(*modules: ModuleType) -> Iterator[pytest.MonkeyPatch]:
     """Inside, the modules' kernels run on the CPU's tensors, and are chosen for them."""
-    if not triton.__version__.startswith("3.6."):
-        pytest.skip(f"the interpreter is repaired in Triton 3.6; this is {triton.__version__}")
     with pytest.MonkeyPatch.context() as patch:
         repair(patch)
         patch.setattr(kernel_choice, "architecture", lambda device: 90)
@@ -75,11 +74,11 @@ def repair(patch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle(np.matmul(widen(a), widen(b)) + onto.data, onto.dtype.scalar)
 
     def real_binary(self: Any, a: Any, b: Any, op: Any) -> Any:
-        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
-            return binary(self, a, b, op)
-        out = op(widen(a), widen(b))
-        kind = tl.int1 if out.dtype == np.bool_ else tl.bfloat16
-        return interpreter.TensorHandle(out if kind == tl.int1 else narrow(out), kind)
+        half = tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar)
+        handle = interpreter.TensorHandle(op(widen(a), widen(b)), tl.float32) if half else binary(self, a, b, op)
+        if handle.data.dtype == np.bool_:  # a comparison, which would be spread as what was compared: no mask any more
+            return interpreter.TensorHandle(handle.data, tl.int1)
+        return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16) if half else handle
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         tensors(tensor, scope)
@@ -90,7 +89,20 @@ def repair(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(builder, name, rounding_cast)
     patch.setattr(builder, "create_dot", real_dot)
     patch.setattr(builder, "binary_op", real_binary)
+    patch.setattr(interpreter.ScanOps, "generic_scan", sliced_scan)
     patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
+
+
+def sliced_scan(self: Any, inputs: Any) -> list[Any]:
+    """A scan slice by slice; the interpreter's own goes number by number."""
+    slices = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+    totals = [[part[0] for part in slices]]
+    for parts in zip(*(part[1:] for part in slices), strict=True):
+        pairs = zip((*totals[-1], *parts), (*inputs, *inputs), strict=True)
+        got = self.combine_fn.fn(*(self.to_tensor(np.ascontiguousarray(part), x.dtype) for part, x in pairs))
+        totals.append([part.handle.data for part in (got if isinstance(got, tuple) else (got,))])
+    stacked = (np.stack(parts, axis=self.axis) for parts in zip(*totals, strict=True))
+    return [self.to_tensor(part, x.dtype) for part, x in zip(stacked, inputs, strict=True)]
 
 
 @contextmanager
@@ -125,6 +137,7 @@ class Launched:
         shared: bytes of shared memory a program.
         multiplies: instructions of tensor cores.
         atomics: instructions whose results depend on the order of programs.
+        newest: whether tensor cores are driven as the architecture would have it; those before sm_90 have one way.
     """
 
     name: str
@@ -133,6 +146,7 @@ class Launched:
     shared: int
     multiplies: int
     atomics: int
+    newest: bool
 
     @property
     def fits(self) -> bool:
@@ -181,8 +195,8 @@ def compiled(architecture: int, *modules: ModuleType) -> Iterator[dict[str, Laun
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", driver)
         patch.setattr(triton.knobs.compilation, "listener", driver.compiled)
-        patch.setattr(kernel_choice, "architecture", lambda device: architecture)
-        for module in modules:
+        for module in (kernel_choice, *modules):
+            patch.setattr(module, "architecture", lambda device: architecture, raising=False)
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction):
                     patch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
@@ -199,7 +213,8 @@ def measured(kernel: CompiledKernel) -> Launched:
         len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
         kernel.metadata.shared,
         len(re.findall(MULTIPLIES, kernel.asm["ptx"])),
-        len(re.findall(r"\b(?:RED|ATOM)", instructions)),
+        len(re.findall(r"\b(?:RED|ATOMG?)\b", instructions)),
+        NEWEST[kernel.metadata.target.arch] in kernel.asm["ptx"],
     )
 
 

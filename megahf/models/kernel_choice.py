@@ -24,7 +24,7 @@ except Exception:  # not installed, or for another torch, which may raise anythi
 
 KINDS = ("packages", "triton")  # causal-conv1d and mamba-ssm before ours, for whoever installed them wants them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VARIED = ["length", "rows"]  # arguments that are often others: nothing is compiled anew for multiples of 16
+VARIED = ["length", "rows", "span", "parts", "tiles"]  # often others: nothing is compiled anew for multiples of 16
 OLDEST = 80  # compute capability times ten, Ampere's
 
 

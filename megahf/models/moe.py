@@ -2,27 +2,40 @@
 
 The experts go through transformers' experts interface. Its implementations weigh what comes out of an expert; Megatron,
 since 0.14, what goes into its second matrix, and so do the two that are here: `eager`, Megatron's sequence of experts
-(rounded as its own), and `megahf`, the default, which multiplies all experts at once.
+(rounded as its own), and `megahf`, the default, which multiplies all experts at once. That one any mixture of
+transformers can be told to use: `model.set_experts_implementation("megahf")`, once this module is imported.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .mlp import MLP, Activation, ResidualLinear
-from .ops import grouped_linear
+from .kernel_choice import takes
+from .mlp import ACTIVATIONS, MLP, Activation, ResidualLinear
+from .ops import autocast_dtype, grouped_linear
 from .router import TopKRouter
+from .triton_moe import triton_experts
 
 if TYPE_CHECKING:
     from .configuration_mcore import McoreGPTConfig
 
 EXPERTS_IMPLEMENTATION = "megahf"
 BLOCK = 2**21  # numbers between the two matrices that a CPU is to hold at once: 8 MB of float32
+THEIRS = {  # activations that our kernels have, by their names in transformers
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "squared_relu": "relu2",
+}
+FUSED: dict[Any, str] = {ACTIVATIONS[name]: name for name in THEIRS}  # by function, or by module's type
+FUSED |= {type(ACT2FN[theirs]): name for name, theirs in THEIRS.items()} | {nn.SiLU: "silu"}
 
 
 class Experts(nn.Module):
@@ -97,18 +110,58 @@ def eager_experts(self: Experts, hidden: Tensor, experts: Tensor, weights: Tenso
     return out.to(hidden.dtype)
 
 
-def grouped_experts(self: Experts, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """Tokens sorted by expert, two grouped matmuls, and the sum over each token's experts in float32."""
+class Matrices(NamedTuple):
+    """What a module of experts holds, ours or transformers': `[e, 2 f or f, h]`, `[e, h, f]`, and biases or None."""
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+def matrices(module: Any) -> Matrices:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    biases = (getattr(module, f"{name}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
+    return Matrices(up, biases[0], down, biases[1])
+
+
+def fused_activation(module: Any) -> str | None:
+    """What our kernels call the activation between a module's two matrices; None: they do not have it."""
+    if isinstance(module, Experts):
+        plain = module.activation.clamp is None and not module.activation.offset
+    else:
+        plain = not module.has_gate or type(module)._apply_gate.__module__ == ALL_EXPERTS_FUNCTIONS.__module__
+    if not plain or module.has_post_expert_norm:
+        return None
+    function = module.act_fn
+    return FUSED.get(type(function) if isinstance(function, nn.Module) else function)
+
+
+def grouped_experts(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Tokens sorted by expert, two grouped matmuls, and the sum over each token's experts in float32.
+
+    Args:
+        self: `Experts`, or what transformers' interface wraps.
+    """
+    held, act = matrices(self), fused_activation(self)
+    if act is not None and takes(hidden, weights, *held):
+        dtype = autocast_dtype(hidden) or held.up.dtype
+        up, up_bias, down, down_bias = (t if t is None else t.to(dtype) for t in held)
+        inputs = (hidden.to(dtype), experts, weights, cast("Tensor", up), cast("Tensor", down), up_bias, down_bias)
+        return triton_experts(*inputs, act=act, gated=self.has_gate).to(hidden.dtype)
     tokens, k = experts.shape
     experts, order = torch.sort(experts.flatten(), stable=True)  # [t k]
     numbers = torch.arange(self.num_experts, device=experts.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     weights = weights.flatten()[order, None]
     out, outs = None, []
-    for first, last, start, end in blocks(ends, tokens * k, self.gate_up_proj):
+    for first, last, start, end in blocks(ends, tokens * k, held.up):
         mine, rows = slice(first, last), slice(start, end)
         x = hidden.index_select(0, order[rows] // k)
-        x = run_block(self, x, experts[rows], weights[rows], ends[mine] - start, mine)
+        x = run_block(self, held, x, experts[rows], weights[rows], ends[mine] - start, mine)
         if torch.is_grad_enabled():  # writing into one tensor again and again would cost the backward pass copies of it
             outs.append(x)
         else:
@@ -120,22 +173,29 @@ def grouped_experts(self: Experts, hidden: Tensor, experts: Tensor, weights: Ten
     return out.unflatten(0, (tokens, k)).sum(dim=1).to(hidden.dtype)
 
 
-def run_block(self: Experts, x: Tensor, experts: Tensor, weights: Tensor, ends: Tensor, mine: slice) -> Tensor:
+def run_block(
+    self: Any, held: Matrices, x: Tensor, experts: Tensor, weights: Tensor, ends: Tensor, mine: slice
+) -> Tensor:
     """Rows `[m, h]` sorted by expert, those that `mine` counts, to weighted outputs `[m, h]`."""
     elsewhere = None  # [m, 1], rows of experts that other processes hold: they come out undefined, and go to zero
-    if self._is_expert_parallel or self.num_experts < (self.config.num_experts or 0):
+    if self._is_expert_parallel or self.num_experts < (getattr(self.config, "num_experts", None) or 0):
         elsewhere = (experts >= self.num_experts)[:, None]
         experts = experts.clamp(max=self.num_experts - 1)
 
-    def held(x: Tensor) -> Tensor:
+    def here(x: Tensor) -> Tensor:
         return x if elsewhere is None else x.masked_fill(elsewhere, 0)
 
-    x = held(grouped_linear(held(x), self.gate_up_proj[mine], ends))  # [m, 2 f or f]
-    x = self.activation(x if self.gate_up_proj_bias is None else x + self.gate_up_proj_bias[experts])
-    x = held(grouped_linear(held((x * weights).to(x.dtype)), self.down_proj[mine], ends))  # [m, h]
-    if self.down_proj_bias is None:
+    x = here(grouped_linear(here(x), held.up[mine], ends))  # [m, 2 f or f]
+    x = x if held.up_bias is None else x + held.up_bias[experts]
+    x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+    if self.has_post_expert_norm:  # of what is not weighed yet
+        x = here(grouped_linear(here(x), held.down[mine], ends))
+        x = self.post_expert_norm(x if held.down_bias is None else x + held.down_bias[experts])
+        return here(x * weights).to(x.dtype)
+    x = here(grouped_linear(here((x * weights).to(x.dtype)), held.down[mine], ends))  # [m, h]
+    if held.down_bias is None:
         return x
-    return (x + held(self.down_proj_bias[experts] * weights)).to(x.dtype)
+    return (x + here(held.down_bias[experts] * weights)).to(x.dtype)
 
 
 def blocks(ends: Tensor, rows: int, weight: Tensor) -> list[tuple[int, int, int, int]]:

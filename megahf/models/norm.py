@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernel_choice import takes
+from .triton_layer_norm import LARGEST, triton_layer_norm
+
 if TYPE_CHECKING:
     from .configuration_mcore import McoreGPTConfig
 
@@ -26,11 +29,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if self.casts(x) and takes(x, weight):
+            return triton_layer_norm(x, weight, None, self.eps, self.zero_centered)
         if self.zero_centered:
             return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), self.eps).to(weight.dtype)
         if x.dtype == weight.dtype:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps).to(weight.dtype)
+
+    def casts(self, x: Tensor) -> bool:
+        """Whether torch would norm in float32 what is not, or is not to be, in float32: passes over memory to save."""
+        in_float32 = self.zero_centered or x.dtype == torch.float32
+        return in_float32 and not x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] <= LARGEST
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, zero_centered={self.zero_centered}"
@@ -44,6 +54,8 @@ class LayerNorm(RMSNorm):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.casts(x) and takes(x, self.weight, self.bias):
+            return triton_layer_norm(x, self.weight, self.bias, self.eps, self.zero_centered)
         if self.zero_centered:
             out = F.layer_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.bias.float(), self.eps)
         else:

@@ -3,7 +3,8 @@
 Where torch has a kernel for it, one call does all groups; else a loop goes over the groups that have rows, on CPUs also
 where there are fewer rows than groups. Measured there the two are equally fast otherwise, and 5 to 20 times faster than
 gathering a matrix for each row, already at one token: so there is no third way. Under `torch.compile`, whose own
-lowering takes bfloat16 alone, the choice is hidden in custom ops.
+lowering takes bfloat16 alone, the choice is hidden in custom ops. Our own kernels, where they are asked for, do what
+torch's do not take, and what they were measured to be quicker at.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernel_choice import architecture, takes
+from .triton_grouped import triton_outer, triton_rows
+
 HAS_KERNEL = hasattr(F, "grouped_mm")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUICKER: dict[tuple[str, int], int] = {}  # by op and architecture: up to how many rows a group ours was measured to be
 ALIGNMENT = 16  # bytes that the kernel wants rows and starts of memory to be multiples of
 
 
@@ -29,10 +34,15 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ends: `[g]` int32, after which row each group ends. Rows after the last end belong to none: what comes out
             for them, and as their gradient, is undefined, and may be NaN.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = autocast_dtype(x) or weight.dtype
     x, weight = x.to(dtype), weight.to(dtype)
     return GroupedLinear.apply(x, weight, ends) if torch.is_grad_enabled() else rows_op(x, weight, ends)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast multiplies in where `x` is; None outside of it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -61,6 +71,8 @@ def outer_op(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 def rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`x` `[m, k]` times `weight` `[g, n, k]` by group: `[m, n]`."""
+    if ours("grouped_rows", ends, x, weight):
+        return triton_rows(x, weight, ends)
     few = x.device.type == "cpu" and len(x) < len(weight)  # the kernel goes over groups without rows too, one by one
     if not few and kernel_takes(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -72,6 +84,8 @@ def rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """The sum over each group's rows of `grad` `[m, n]` times `x` `[m, k]`: `[g, n, k]`."""
+    if ours("grouped_outer", ends, grad, x):
+        return triton_outer(grad, x, ends)
     if kernel_takes(grad, x):
         return F.grouped_mm(grad.T, x, offs=ends)
     out = x.new_zeros(len(ends), grad.shape[1], x.shape[1])
@@ -86,6 +100,14 @@ def groups(ends: Tensor) -> list[tuple[int, int, int]]:
     return [
         (group, start, end) for group, (start, end) in enumerate(zip([0, *edges], edges, strict=False)) if end > start
     ]
+
+
+def ours(op: str, ends: Tensor, *operands: Tensor) -> bool:
+    """Whether our kernels are to run on these: where torch's cannot, or was measured to be slower."""
+    if not takes(*operands):
+        return False
+    most = QUICKER.get((op, architecture(ends.device)), 0) * len(ends)
+    return not kernel_takes(*operands) or len(operands[0]) <= most
 
 
 def kernel_takes(*operands: Tensor) -> bool:

@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .conv import upcast
+from .kernel_choice import takes
 from .ssd import LOWEST, finish, time_step
+from .triton_selective_forward import LARGEST
+from .triton_selective_scan import triton_selective_scan, triton_selective_update
 
 CHUNK = 32  # tokens whose decays `[d, n]` are held at once
 
@@ -61,6 +64,8 @@ def selective_scan(
         `[b, s, d]` in the dtype of `u`, and the state `[b, d, n]`.
     """
     rows, length, channels = u.shape
+    if A.shape[1] <= LARGEST and takes(u, dt, A, B, C, D, z, dt_bias, state):
+        return triton_selective_scan(u, dt, A, B, C, D, z, dt_bias, state, marks_of(seq_idx, mask))
     if state is None:
         state = upcast(u).new_zeros(rows, channels, A.shape[1])
     follows = None
@@ -76,6 +81,15 @@ def selective_scan(
             out, state = run(*pieces, A, D, dt_bias, state)
         outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), state
+
+
+def marks_of(seq_idx: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """`[b, s]`: 1 for padding, plus 2 where a document starts that is not the first."""
+    if seq_idx is None:
+        return None if mask is None else (~mask).int()
+    starts = torch.zeros_like(seq_idx, dtype=torch.int32)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return 2 * starts if mask is None else 2 * starts + (~mask).int()
 
 
 def recomputed(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,15 +135,25 @@ def selective_update(
     z: Tensor | None = None,
     *,
     dt_bias: Tensor | None = None,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """One token more: changes `state` `[b, d, n]` in place.
 
     Args:
         u: `[b, d]`, and so `dt` and `z`; A: `[d, n]`; B, C: `[b, n]`; D, dt_bias: `[d]`.
+        indices: `[b]`, where in a pool of states `[m, d, n]` that of each row is, no two the same; below 0: the row has
+            none, and its outputs are 0. None: in their order.
 
     Returns:
         `[b, d]` in the dtype of `u`.
     """
+    if A.shape[1] <= LARGEST and takes(state, u, dt, A, B, C, D, z, dt_bias):
+        return triton_selective_update(state, u, dt, A, B, C, D, z, dt_bias, indices)
+    if indices is not None:
+        held, real = state[indices.clamp(min=0)], indices >= 0
+        out = selective_update(held, u, dt, A, B, C, D, z, dt_bias=dt_bias)
+        state[indices[real]] = held[real]
+        return out.masked_fill(~real[:, None], 0)
     steps = time_step(dt, dt_bias, None)
     state.mul_((steps[..., None] * A.to(steps.dtype)).exp_())
     state.addcmul_((steps * upcast(u))[..., None].to(state.dtype), B[:, None].to(state.dtype))

@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .conv import OFFSETS, upcast
-from .kernel_choice import may_run
+from .kernel_choice import may_run, takes
+from .triton_ssd import LARGEST
+from .triton_ssd_backward import triton_ssd_scan
+from .triton_ssd_update import triton_ssd_update
 
 try:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -72,10 +75,13 @@ def ssd_scan(
     Returns:
         `[b, s, h, p]` in the dtype of `x`, and the state `[b, h, p, n]`.
     """
+    packaged = mamba_chunk_scan_combined is not None and may_run("packages") and kernel_fits(x, B)
+    if not packaged and triton_fits(x, B, C) and takes(x, dt, A, B, C, D, z, dt_bias, state):
+        return triton_ssd_scan(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, mask)
     rows, length, heads, _ = x.shape
     dt = time_step(dt, dt_bias, mask)
     A = A.to(dt.dtype)
-    if mamba_chunk_scan_combined is not None and may_run("packages") and kernel_fits(x, B):
+    if packaged:
         return kernel(x, dt, A, B, C, D, z, state, seq_idx)
     if state is None:
         state = dt.new_zeros(rows, heads, x.shape[-1], B.shape[-1])
@@ -208,15 +214,25 @@ def ssd_update(
     z: Tensor | None = None,
     *,
     dt_bias: Tensor | None = None,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """One token more: changes `state` `[b, h, p, n]` in place.
 
     Args:
         x: `[b, h, p]`, and so `z`; dt: `[b, h]`; A: `[h]`; B, C: `[b, g, n]`; D: `[h]` or `[h, p]`; dt_bias: `[h]`.
+        indices: `[b]`, where in a pool of states `[m, h, p, n]` that of each row is, no two the same; below 0: the row
+            has none, and its outputs are 0. None: in their order.
 
     Returns:
         `[b, h, p]` in the dtype of `x`.
     """
+    if triton_fits(x, B, C) and takes(state, x, dt, A, B, C, D, z, dt_bias):
+        return triton_ssd_update(state, x, dt, A, B, C, D, z, dt_bias, indices)
+    if indices is not None:
+        held, real = state[indices.clamp(min=0)], indices >= 0
+        out = ssd_update(held, x, dt, A, B, C, D, z, dt_bias=dt_bias)
+        state[indices[real]] = held[real]
+        return out.masked_fill(~real[:, None, None], 0)
     dt = time_step(dt, dt_bias, None)
     grouped = state.view(len(state), B.shape[1], -1, state.shape[-1])  # [b, g, r p, n]
     state.mul_((dt * A).exp()[..., None, None])
@@ -224,6 +240,11 @@ def ssd_update(
     grouped.addcmul_(taken[..., None].to(state.dtype), B[:, :, None].to(state.dtype))
     out = grouped @ C[..., None].to(state.dtype)  # [b, g, r p, 1]
     return finish(out.view(x.shape).to(dt.dtype), x, spread(D), z)
+
+
+def triton_fits(x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether our kernels hold a head and a state of these, which they multiply in one dtype."""
+    return x.dtype == B.dtype == C.dtype and x.shape[-1] <= LARGEST[0] and B.shape[-1] <= LARGEST[1]
 
 
 def kernel_fits(x: Tensor, B: Tensor) -> bool:

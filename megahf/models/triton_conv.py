@@ -7,32 +7,23 @@ window with the state in front. Sums are float32, offsets 64 bits wide, no sum d
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernel_choice import architecture, jit, launch, operator, tl
+from .kernel_table import Key, Options, options_for
 
 WIDTHS = (2, 3, 4)
 
 
-class Config(NamedTuple):
-    """Tokens and channels of a program, both powers of 2, and its warps of 32 threads."""
-
-    tokens: int
-    channels: int
-    warps: int
-
-
-# By architecture. Chosen by registers, of which none spills; to be replaced where a measurement says otherwise.
-FORWARD: dict[int, Config] = {}
-BACKWARD: dict[int, Config] = {}
-FORWARD_DEFAULT = Config(tokens=16, channels=128, warps=4)
-BACKWARD_DEFAULT = Config(tokens=64, channels=256, warps=2)  # walks over its tokens, and holds 4 of them
+# Chosen by registers, of which none spills. The backward pass walks over its tokens, and holds 4 of them.
+FORWARD: Options = {"TOKENS": 16, "CHANNELS": 128, "num_warps": 4}
+BACKWARD: Options = {"TOKENS": 64, "CHANNELS": 256, "num_warps": 2}
 # No channel in two threads, of which one might read what the other has changed: channels >= 32 warps.
-UPDATE = Config(tokens=1, channels=256, warps=4)
+UPDATE: Options = {"CHANNELS": 256, "num_warps": 4}
 
 
 @jit
@@ -292,9 +283,13 @@ def rowwise(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def programs(x: Tensor, config: Config) -> int:
+def programs(x: Tensor, options: Options) -> tuple[int]:
     """Blocks of tokens times blocks of channels of `x` `[b, s, c]`."""
-    return x.shape[0] * -(-x.shape[1] // config.tokens) * -(-x.shape[2] // config.channels)
+    return (x.shape[0] * -(-x.shape[1] // options["TOKENS"]) * -(-x.shape[2] // options["CHANNELS"]),)
+
+
+def key(kernel: str, x: Tensor) -> Key:
+    return kernel, architecture(x.device), str(x.dtype)[6:]
 
 
 def conv_forward(
@@ -304,11 +299,13 @@ def conv_forward(
     rows, length, channels = x.shape
     width = weight.shape[-1]
     out, after = x.new_empty(x.shape), x.new_empty(rows, width, channels)
-    config = FORWARD.get(architecture(x.device), FORWARD_DEFAULT)
     steps = (*x.stride()[:2], *strides(state, 0, 1, 2), *strides(seq_idx, 0, 1))
     tensors = (x, weight, bias, state, seq_idx, lengths, out, after)
-    options = {"WIDTH": width, "TOKENS": config.tokens, "CHANNELS": config.channels, "num_warps": config.warps}
-    launch(forward_kernel, (programs(x, config),), *tensors, length, channels, *steps, **options)
+
+    def run(options: Options) -> None:
+        launch(forward_kernel, programs(x, options), *tensors, length, channels, *steps, WIDTH=width, **options)
+
+    run(options_for(key("conv_forward", x), FORWARD, run=run))
     return out, after.transpose(1, 2)
 
 
@@ -320,14 +317,18 @@ def conv_backward(
     grad_after = grad_after.transpose(1, 2).contiguous()  # [b, w, c]
     rows, length, channels = x.shape
     width = weight.shape[-1]
-    config = BACKWARD.get(architecture(x.device), BACKWARD_DEFAULT)
-    blocks = rows * -(-length // config.tokens)
-    sums = torch.empty(blocks, width + 1, channels, dtype=torch.float32, device=x.device)
     dx, dstate = x.new_empty(x.shape), None if state is None else state.new_empty(rows, width, channels)
     steps = (*grad.stride()[:2], *x.stride()[:2], *strides(state, 0, 1, 2), *strides(seq_idx, 0, 1))
-    tensors = (grad, grad_after, x, weight, bias, state, seq_idx, lengths, dx, dstate, sums)
-    options = {"WIDTH": width, "TOKENS": config.tokens, "CHANNELS": config.channels, "num_warps": config.warps}
-    launch(backward_kernel, (programs(x, config),), *tensors, length, channels, *steps, **options)
+    tensors = (grad, grad_after, x, weight, bias, state, seq_idx, lengths, dx, dstate)
+
+    def run(options: Options) -> Tensor:
+        blocks = rows * -(-length // options["TOKENS"])
+        sums = torch.empty(blocks, width + 1, channels, dtype=torch.float32, device=x.device)
+        numbers = (length, channels, *steps)
+        launch(backward_kernel, programs(x, options), *tensors, sums, *numbers, WIDTH=width, **options)
+        return sums
+
+    sums = run(options_for(key("conv_backward", x), BACKWARD, run=run))
     dweight = sums[:, :width].sum(dim=0).t()[:, None].to(weight.dtype)  # [c, 1, w]
     dbias = sums[:, width].sum(dim=0).to(weight.dtype if bias is None else bias.dtype)
     return dx, dweight, dbias, x.new_empty(0) if dstate is None else dstate.transpose(1, 2)
@@ -337,9 +338,9 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     x, weight, bias = rowwise(x), weight.contiguous(), dense(bias)
     rows, channels = x.shape
     out = x.new_empty(x.shape)
-    grid = (rows * -(-channels // UPDATE.channels),)
-    options = {"WIDTH": weight.shape[-1], "CHANNELS": UPDATE.channels, "num_warps": UPDATE.warps}
-    launch(update_kernel, grid, state, x, weight, bias, out, channels, *state.stride(), x.stride(0), **options)
+    options = options_for(key("conv_update", x), UPDATE)
+    grid, numbers = (rows * -(-channels // options["CHANNELS"]),), (channels, *state.stride(), x.stride(0))
+    launch(update_kernel, grid, state, x, weight, bias, out, *numbers, WIDTH=weight.shape[-1], **options)
     return out
 
 

@@ -7,33 +7,21 @@ the order of programs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernel_choice import architecture, jit, launch, operator, tl
+from .kernel_table import Options, options_for
 
 LARGEST = 8192  # channels of a group, which a program holds
 
 
-class Config(NamedTuple):
-    """Channels of a thread, at most 16 warps of 32 threads, and how many programs share a group's rows."""
-
-    channels: int
-    programs: int = 1
-
-    def warps(self, size: int) -> int:
-        """For `size` channels, a power of 2."""
-        return min(16, max(1, size // (32 * self.channels)))
-
-
-# By architecture. Chosen by registers, of which none spills; to be replaced where a measurement says otherwise.
-FORWARD: dict[int, Config] = {}
-BACKWARD: dict[int, Config] = {}
-FORWARD_DEFAULT = Config(channels=16)
-BACKWARD_DEFAULT = Config(channels=8, programs=256)
+# Channels of a thread, and how many programs share a group's rows. Chosen by registers, of which none spills.
+FORWARD: Options = {"channels": 16}
+BACKWARD: Options = {"channels": 8, "programs": 256}
 
 
 @jit
@@ -84,15 +72,22 @@ def rows_of(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def held(size: int, options: Options) -> dict[str, int]:
+    """A program's constants for rows of `size` channels: at most 16 warps of 32 threads."""
+    block = 1 << (size - 1).bit_length()
+    return {"SIZE": block, "num_warps": min(16, max(1, block // (32 * options["channels"])))}
+
+
 def norm_forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     flat, gate = rows_of(y), rows_of(z)
     size = y.shape[-1] // groups
-    block = 1 << (size - 1).bit_length()
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    config = FORWARD.get(architecture(y.device), FORWARD_DEFAULT)
     tensors, steps = (flat, gate, weight.contiguous(), out), (flat.stride(0), gate.stride(0))
-    options = {"SIZE": block, "num_warps": config.warps(block)}
-    launch(forward_kernel, (len(flat), groups), *tensors, eps, size, *steps, **options)
+
+    def run(options: Options) -> None:
+        launch(forward_kernel, (len(flat), groups), *tensors, eps, size, *steps, **held(size, options))
+
+    run(options_for(("norm_forward", architecture(y.device), str(size)), FORWARD, run=run))
     return out.view(y.shape)
 
 
@@ -102,15 +97,17 @@ def norm_backward(
     upstream, flat, gate = rows_of(grad), rows_of(y), rows_of(z)
     rows, width = flat.shape
     size = width // groups
-    block = 1 << (size - 1).bit_length()
-    config = BACKWARD.get(architecture(y.device), BACKWARD_DEFAULT)
-    programs = min(rows, config.programs)
     dy, dz = flat.new_empty(flat.shape), gate.new_empty(gate.shape)
-    sums = torch.empty(programs, width, dtype=torch.float32, device=y.device)
-    tensors = (upstream, flat, gate, weight.contiguous(), dy, dz, sums)
+    tensors = (upstream, flat, gate, weight.contiguous(), dy, dz)
     steps = (upstream.stride(0), flat.stride(0), gate.stride(0))
-    options = {"SIZE": block, "num_warps": config.warps(block)}
-    launch(backward_kernel, (programs, groups), *tensors, eps, size, rows, *steps, **options)
+
+    def run(options: Options) -> Tensor:
+        sums = torch.empty(min(rows, options["programs"]), width, dtype=torch.float32, device=y.device)
+        constants = held(size, options)
+        launch(backward_kernel, (len(sums), groups), *tensors, sums, eps, size, rows, *steps, **constants)
+        return sums
+
+    sums = run(options_for(("norm_backward", architecture(y.device), str(size)), BACKWARD, run=run))
     return dy.view(y.shape), dz.view(z.shape), sums.sum(dim=0).to(weight.dtype)
 
 
