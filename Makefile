@@ -32,6 +32,8 @@ bench: .venv/test  ## conversion against cp, the models against transformers' ow
 	.venv/bin/python benchmarks/hybrid.py
 	.venv/bin/python benchmarks/hybrid.py --memory
 	.venv/bin/python benchmarks/ssd.py
+	.venv/bin/python benchmarks/ops.py
+	.venv/bin/python benchmarks/long_context.py
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv

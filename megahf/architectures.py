@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from .cuts import Config
-from .rows import is_bert, is_hybrid
+from .rows import is_bert, is_hybrid, is_llava, language
 
 # model_type -> what the Auto classes find in the folder; the model classes say the same when they save.
 AUTO_MAPS = {
@@ -34,10 +34,18 @@ AUTO_MAPS = {
         "AutoModelForSequenceClassification": "modeling_mcore_bert.McoreBertForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_mcore_bert.McoreBertForTokenClassification",
     },
+    "mcore_llava": {
+        "AutoConfig": "configuration_mcore_llava.McoreLlavaConfig",
+        "AutoModel": "modeling_mcore_llava.McoreLlavaModel",
+        "AutoModelForImageTextToText": "modeling_mcore_llava.McoreLlavaForConditionalGeneration",
+    },
 }
+ENCODER = "mcore_vision"  # the type of a LLaVA's image encoder, which is no model by itself
 
 
 def model_type(config: Config) -> str:
+    if is_llava(config):
+        return "mcore_llava"
     if is_bert(config):
         return "mcore_bert"
     return "mcore_hybrid" if is_hybrid(config) else "mcore_gpt"
@@ -45,6 +53,8 @@ def model_type(config: Config) -> str:
 
 def main(config: Config) -> str:
     """The Auto class that finds the class which holds every weight of the model."""
+    if is_llava(config):
+        return "AutoModelForImageTextToText"
     if is_bert(config):
         return "AutoModelForPreTraining" if config.add_binary_head else "AutoModelForMaskedLM"
     return "AutoModelForCausalLM"
@@ -52,6 +62,15 @@ def main(config: Config) -> str:
 
 def auto_map(config: Config) -> dict[str, str]:
     return AUTO_MAPS[model_type(config)]
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """`config` as its class takes it and config.json has it; the configs of a LLaVA's parts say their types."""
+    made = dict(vars(config))
+    if is_llava(config):
+        made["text_config"] = {"model_type": model_type(language(config)), **vars(language(config))}
+        made["vision_config"] = {"model_type": ENCODER, **vars(config.vision_config)}
+    return made
 
 
 def model_file(config: Config) -> str:

@@ -224,6 +224,7 @@ ALIKE: dict[str, Callable[[Any, Config], Any]] = {
     "softmax_scale": explicit_scale,
     "window_size": lambda value, config: window_size(value, {}),
     "moe_layer_freq": layers_with_experts,
+    "moe_ffn_hidden_size": lambda value, config: value if config.num_experts else None,
     "moe_router_load_balancing_type": lambda value, config: load_balancing(value, {}),
     "moe_aux_loss_coeff": lambda value, config: load_balancing(value, {}),
 }

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import argument_values as values
-from . import bert, hybrid
+from . import bert, hybrid, llava
 from .argument_values import ALIKE, Args, Config, Read, Write, nothing, unless
 from .errors import Problems, refuse
 from .grid_arguments import DAMAGED, grid, is_count
 from .models.checks import check_experts
 from .patterns import pattern
-from .rows import is_bert, is_hybrid
+from .rows import is_bert, is_hybrid, is_llava, language
 from .unbuilt import REFUSED, before_014, refuse_unbuilt
 
 __all__ = ["FIELDS", "Args", "arguments_of", "config", "fields", "grid", "notes", "unknown", "vocabulary"]
@@ -156,7 +156,7 @@ COUNTS_OR_NONE = (
 # Of Megatrons before 2026: what of them is read, and not by name in a row, or leaves the function as it is.
 OLD = {
     "original_max_position_embeddings", "beta_fast", "beta_slow", "moe_extended_tp", "moe_use_legacy_grouped_gemm",
-    "moe_token_dropping",
+    "moe_token_dropping", "encoder_tensor_model_parallel_size", "encoder_pipeline_model_parallel_size",
 }  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def defaults() -> dict[str, Any]:
 def known() -> frozenset[str]:
     """The arguments Megatron-LM has (2026): those that no row reads are known not to change the function."""
     rows = {name for row in FIELDS for name in row.spelled()} | {row[0] for row in REFUSED}
-    return frozenset(defaults()) | rows | OLD | hybrid.ARGUMENTS | {bert.MARK}
+    return frozenset(defaults()) | rows | OLD | hybrid.ARGUMENTS | llava.NAMES | {bert.MARK, llava.MARK}
 
 
 def unknown(args: Args) -> list[str]:
@@ -216,7 +216,10 @@ def fields(args: Args) -> dict[str, Any]:
 
 
 def config(args: Args, vocab_size: int) -> SimpleNamespace:
-    """The config as the tables read it, without transformers."""
+    """The config as the tables read it, without transformers; a LLaVA's as a `Llava`."""
+    if llava.is_marked(args):
+        text = config(llava.language(args), vocab_size)
+        return llava.fields(args, text, SimpleNamespace(**fields({**args, "bias_gelu_fusion": False})))
     made = SimpleNamespace(vocab_size=vocab_size, **{**fields(args), **hybrid.fields(args), **bert.fields(args)})
     try:
         check_experts(made)  # as the model class will
@@ -233,12 +236,15 @@ def arguments_of(config: Config) -> dict[str, Any]:
             what a hybrid's spec sets are not among them: `unsaid` says them, and the weights tell.
     """
     made: dict[str, Any] = {}
+    own = language(config)
     for row in FIELDS:
-        made |= row.arguments(config)
-    if is_hybrid(config):
-        made |= hybrid.arguments(config)
-    if is_bert(config):
-        made |= bert.arguments(config)
+        made |= row.arguments(own)
+    if is_hybrid(own):
+        made |= hybrid.arguments(own)
+    if is_bert(own):
+        made |= bert.arguments(own)
+    if is_llava(config):
+        made |= llava.arguments(config)
     lost(made, config).raise_if_any()
     return made
 
@@ -246,11 +252,18 @@ def arguments_of(config: Config) -> dict[str, Any]:
 def lost(args: Args, wanted: Config) -> Problems:
     """The fields of `wanted` that `args` do not say."""
     found, reasons = Problems(), {row.field: row.only for row in FIELDS}
-    for name, read in vars(config(args, wanted.vocab_size)).items():
-        value = getattr(wanted, name, None)
-        if alike(name, value, wanted) != alike(name, read, wanted) and not told_by_weights(name, wanted):
-            why = reasons.get(name) or "Megatron has no argument that says so"
-            found.add(f"{name} is {value!r:.60}: {why}", "config", f"in Megatron it would be {read!r:.60}")
+    read = config(args, wanted.vocab_size)
+    other, own = language(read), language(wanted)
+    told = llava.TOLD_IN_TEXT if is_llava(wanted) else frozenset()
+    differing = [
+        (name, getattr(own, name, None), value)
+        for name, value in vars(other).items()
+        if alike(name, getattr(own, name, None), own) != alike(name, value, own)
+        and not (name in told or told_by_weights(name, own))
+    ]
+    for name, value, instead in [*differing, *(llava.lost(read, wanted) if is_llava(wanted) else ())]:
+        why = reasons.get(name) or "Megatron has no argument that says so"
+        found.add(f"{name} is {value!r:.60}: {why}", "config", f"in Megatron it would be {instead!r:.60}")
     return found
 
 
@@ -269,6 +282,8 @@ def unsaid(config: Config) -> list[str]:
     said = []
     if config.num_experts and config.add_bias_linear and not config.moe_router_bias:
         said.append("the routers have no bias, as in Megatron before 0.15; later ones expect one and load no such file")
+    if is_llava(config):
+        return said + llava.unsaid(config) + hybrid.unsaid(language(config))
     return said + (bert.unsaid(config) if is_bert(config) else hybrid.unsaid(config))
 
 
@@ -296,8 +311,10 @@ def vocabulary(args: Args, rows: int, asked: int | None = None, tokenizer: int |
 
 def notes(args: Args) -> list[str]:
     """What is worth saying about how `args` were read."""
+    if llava.is_marked(args):
+        return notes(llava.language(args)) + llava.notes(args)
     said = []
-    if args.get("use_rope_scaling") and args.get("rope_scaling_factor", 8.0) != 8.0:
+    if args.get("use_rope_scaling") and args.get("rope_scaling_factor", 8.0) != 8.0 and llava.MARK not in args:
         said.append(
             f"rope_scaling_factor {args['rope_scaling_factor']} has no effect: Megatron's builders always run 8"
         )

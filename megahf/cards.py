@@ -13,7 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .architectures import class_name, main, model_type
+from .architectures import class_name, fields, main, model_type
 from .cuts import Config
 from .inspection import architecture
 from .layouts import Grid
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from .families.family import Family
 
 TEMPLATE = Path(__file__).with_name("card.md")
-TITLES = {"mcore_gpt": "A GPT", "mcore_hybrid": "A hybrid", "mcore_bert": "A BERT"}
-TASKS = {"mcore_bert": "fill-mask"}  # as the Hub calls it; of all others it is text-generation
+TITLES = {"mcore_gpt": "A GPT", "mcore_hybrid": "A hybrid", "mcore_bert": "A BERT", "mcore_llava": "A LLaVA"}
+# As the Hub calls it; of all others it is text-generation.
+TASKS = {"mcore_bert": "fill-mask", "mcore_llava": "image-text-to-text"}
 TAGS: dict[str, Callable[[Config], bool]] = {
     "megatron": lambda c: True,
     "megahf": lambda c: True,
@@ -119,8 +120,9 @@ def load_lines(auto: str, tokenizer: bool, trust: bool) -> str:
     classes, run = [auto], ", trust_remote_code=True" if trust else ""
     lines = [f"model = {auto}.from_pretrained(name, revision=revision{run})"]
     if tokenizer:
-        classes.append("AutoTokenizer")
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained(name, revision=revision{run})")
+        words = "Processor" if auto == "AutoModelForImageTextToText" else "Tokenizer"
+        classes.append(f"Auto{words}")
+        lines.append(f"{words.lower()} = Auto{words}.from_pretrained(name, revision=revision{run})")
     imports = f"from transformers import {', '.join(classes)}"
     return "\n".join([imports, "", 'name, revision = "ORG/NAME", "main"', *lines])
 
@@ -158,7 +160,7 @@ def formats(plan: Plan) -> str:
 
 def shape_lines(config: Config) -> list[str]:
     """The architecture in words, a line each."""
-    lines = architecture(dict(vars(config))).splitlines()
+    lines = architecture(fields(config)).splitlines()
     if not is_hybrid(config):
         return lines
     symbols = config.hybrid_layer_pattern

@@ -77,12 +77,21 @@ def main() -> None:
 @main.command()
 @checkpoint
 @vocabulary
+@click.option("--context", type=int, metavar="N", help="Also say what a sequence of N tokens takes of each GPU.")
+@click.option("--gpus", type=int, default=1, metavar="G", help="How many there are for --context; 1 by default.")
+@click.option("--gpu-memory", type=float, default=80.0, metavar="GB", help="Of each; 80 by default.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def inspect(checkpoint: Path, true_vocab_size: int | None, as_json: bool) -> None:
-    """Show what CHECKPOINT holds: format, ranks, config, weights by layer, and what would be refused."""
+def inspect(
+    checkpoint: Path, true_vocab_size: int | None, context: int | None, gpus: int, gpu_memory: float, as_json: bool
+) -> None:
+    """Show what CHECKPOINT holds: format, ranks, config, weights by layer, and what would be refused.
+
+    With --context also which context parallel size fits GPUs, to run the model and to train it, and Megatron's options.
+    """
     from .inspection import inspect, page
 
-    report = inspect(checkpoint, true_vocab_size)
+    budget = None if context is None else {"context": context, "gpus": gpus, "memory": int(gpu_memory * 10**9)}
+    report = inspect(checkpoint, true_vocab_size, budget)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .arguments import Args, defaults
 from .grid_arguments import size
+from .llava_arguments import ARGUMENTS
 
 REQUIRED = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings",
@@ -40,6 +41,14 @@ OPTIONAL = (
     "account_for_loss_in_pipeline_split", "num_layers_per_virtual_pipeline_stage",
     "num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout", "tokenizer_type", "tokenizer_model",
 )  # fmt: skip
+# Of the script of LLaVA's, examples/multimodal/train.py, which asks for the first two.
+IMAGES = ("language_model_type", "vision_model_type")
+SCRIPT = (
+    "vision_projection_type", "img_h", "img_w", "patch_dim", "decoder_seq_length", "disable_vision_class_token",
+    "pixel_shuffle", "use_tiling", "max_num_tiles", "use_thumbnail", "use_tile_tags", "image_tag_type",
+    "class_token_len", "tokenizer_prompt_format", "use_te", "radio_disable_cpe", "radio_force_cpe_eval_mode",
+    "radio_interpolate_only_cpe", "radio_cpe_aspect_ratio_select",
+)  # fmt: skip
 # Options that are not called as their argument.
 RENAMED = {"layernorm_epsilon": "norm-epsilon", "layernorm_zero_centered_gamma": "apply-layernorm-1p"}
 # Options that turn off what is on by default; of all other switches the option turns on.
@@ -65,6 +74,10 @@ def command_line(args: Args, load: str) -> list[str]:
     """
     asked = [option(name, args[name]) for name in REQUIRED]
     asked += [option(name, args[name]) for name in OPTIONAL if needed(name, args)]
+    if args.get("language_model_type"):
+        asked += [option(name, args[name]) for name in IMAGES]
+        given = [name for name in SCRIPT if args.get(name) not in (None, False, "", by_default(name))]
+        asked += [option(name, args[name]) for name in given]
     return [*asked, f"--load {shlex.quote(load)}", "--no-load-optim", "--no-load-rng"]
 
 
@@ -80,6 +93,11 @@ def needed(name: str, args: Args) -> bool:
     if name in WHOLE and not whole(value):
         return False
     return bool(value != derived.get(name, defaults()[name]))
+
+
+def by_default(name: str) -> Any:
+    """What Megatron's script takes where an option is not given."""
+    return ARGUMENTS.get(name, defaults().get(name))
 
 
 def whole(value: Any) -> bool:

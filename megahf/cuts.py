@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .models.vision_kinds import vision_kind
 from .tiles import Tiled, add_axis, join
 
 Config = Any  # anything with McoreGPTConfig's fields: the class itself, or the namespace `arguments` makes
@@ -27,6 +28,7 @@ class Cut:
     blocks: Callable[[Config], tuple[int, ...]] = lambda config: (1,)  # their sizes, to one another
     padded: bool = False  # rows beyond the vocabulary fill up the last ranks
     by_version: bool = False  # some Megatrons cut it and others do not: the size of what a rank stores tells
+    heads: bool = False  # by whole heads, with dummy ones of zeros where an encoder's do not divide: `padded_heads`
 
     def split(self, whole: Tiled, config: Config, ranks: int) -> list[Tiled]:
         """The whole weight as each of `ranks` holds it."""
@@ -66,8 +68,20 @@ def gates(config: Config) -> int:
 WHOLE, COLUMN, ROW = Cut(), Cut(0), Cut(1)
 VOCAB = Cut(0, padded=True)
 FC1 = Cut(0, lambda config: (1,) * gates(config))  # gate | up
+PROJECTION_FC1 = Cut(0, lambda config: (1,) * (2 if config.projection_gated_linear_unit else 1))
+HEAD_ROWS, HEAD_COLUMNS = Cut(0, heads=True), Cut(1, heads=True)
 LATENT = Cut(0, by_version=True)  # Megatron 0.14 and later keep multi-latent down projections whole under TE
 EXPERTS_FC1, EXPERTS_FC2 = Cut(1, FC1.blocks), Cut(2)  # of [experts, out, in]
+
+
+def padded_heads(config: Config, ranks: int) -> int:
+    """An image encoder's heads on all ranks together: InternViT-6B's 25 are filled up to as many on each.
+
+    `((24 // ranks) + 1) * ranks` in `get_vision_model_config` of examples/multimodal/config.py.
+    """
+    heads: int = config.num_attention_heads
+    fixed = vision_kind(config.vision_model_type).num_attention_heads is not None
+    return -(-heads // ranks) * ranks if fixed else heads
 
 
 def mixer_width(config: Config) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import bert
+from . import bert, llava
 from .checkpoint import Checkpoint
 from .cuts import Config
+from .discovery_llava import ENCODER as ENCODER_LAYERS
+from .discovery_llava import discover_llava
 from .errors import refuse
 from .hybrid import pattern_of
 from .layouts import Grid
 from .recognition import recognise
-from .rows import is_bert, is_hybrid
+from .rows import IMAGES, LANGUAGE, is_bert, is_hybrid, is_llava, language
 
 NO_ROUTER_BIAS = "there is no router.bias: Megatron before 0.15 had none, and none is added"
 DECODER, HEAD = "decoder.layers.{l}.", "mtp.layers.{k}.mtp_model_layer.layers.{l}."
@@ -33,9 +35,24 @@ Shape = tuple[int, ...]
 def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
     """The name and the spelling of each row that is stored, and the shape of one array of it.
 
-    It is a rank's array, in `torch` checkpoints. A layer of a head for further tokens counts as one of the stack.
+    It is a rank's array, in `torch` checkpoints. A layer of a head for further tokens counts as one of the stack, and
+    a LLaVA's language model as a model of its own.
     """
-    return dict(found(checkpoint))
+    shapes = dict(found(checkpoint))
+    if llava.MARK in shapes:
+        shapes[ENCODER_LAYERS] = (encoder_layers(checkpoint),)
+    return shapes
+
+
+def encoder_layers(checkpoint: Checkpoint) -> int:
+    """Layers of the image encoder."""
+    count = 0
+    for holding in checkpoint.holdings:
+        for key, (shape, _) in holding.shapes.items():
+            for one in recognise(key):
+                if one.row.stack == IMAGES:
+                    count = max(count, shape[0] if one.stacked else (one.layer or 0) + 1)
+    return count
 
 
 def found(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:
@@ -43,11 +60,16 @@ def found(checkpoint: Checkpoint) -> Iterator[tuple[str, Shape]]:
         for key, (shape, _) in holding.shapes.items():
             for one in recognise(key):
                 for name in (one.row.name, one.spelling.key):
-                    yield name.replace(HEAD, DECODER), shape[1:] if one.stacked else shape
+                    name = name.removeprefix(f"{LANGUAGE}.").replace(HEAD, DECODER)
+                    yield name, shape[1:] if one.stacked else shape
+                if one.row.part:
+                    yield llava.MARK, ()
 
 
 def marked(args: Mapping[str, Any], shapes: dict[str, Shape]) -> Mapping[str, Any]:
     """`args`, and which model they are of, where they do not say and the weights do."""
+    if llava.MARK in shapes:
+        return {**args, llava.MARK: True}
     if OUT in shapes and pattern_of(args) is None:
         return {**args, "is_hybrid_model": True}  # Mamba alone, of a Megatron that did not note it
     return {**args, bert.MARK: True} if ENCODER in shapes else args
@@ -68,6 +90,9 @@ def discover(
     Raises:
         Refused: mixers of no size, and what cannot be told.
     """
+    if is_llava(config):
+        said = discover_llava(config, shapes, ranks, sharded)
+        return said + discover(language(config), llava.language(args), shapes, ranks, sharded)
     said = []
     if config.moe_router_bias and ROUTER_BIAS not in shapes:
         config.moe_router_bias = False

@@ -151,7 +151,18 @@ def move(
             sink(copy, offset, data)
             offset += data.nbytes
             progress(data.nbytes)
+    for where, array in copy.blank:
+        check_blank(copy, where, array, pieces, problems)
     return digest.hexdigest()
+
+
+def check_blank(copy: Copy, where: str, array: Tiled, pieces: Pieces, problems: Problems) -> None:
+    """Adds a problem where what is left out of a weight is not zeros."""
+    for box in boxes(array.shape, array.dtype.itemsize):
+        if (pieces.gather(inside(array, box), 0) != 0).any():
+            what = "dummy heads that are not zeros: they would be left out"
+            problems.add(what, f"{copy.name}, in {where}", "Megatron's own converter leaves zeros there")
+            return
 
 
 def parts(array: Tiled, copy: Copy) -> Sequence[Tiled]:
@@ -278,7 +289,7 @@ def settle(files: Files, used: Sequence[Copy], ledger: Ledger) -> None:
     problems, buffer = Problems(), np.empty(BUFFER, np.uint8)
     seen: set[tuple[str, int]] = set()
     for copy in used:
-        for array in (copy.array, *(same for _, same in copy.same)):
+        for array in (copy.array, *(same for _, same in (*copy.same, *copy.blank))):
             for _, view in array.tiles:
                 if is_padding(view):
                     continue

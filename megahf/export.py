@@ -12,9 +12,15 @@ from .checkpoint.output import Output
 from .checkpoint.safetensors import INDEX, index, parse_size, shards
 from .errors import refuse
 from .execute import Checks
-from .folder import family_files, has_tokenizer, small_files, tokenizer_size
+from .folder import family_files, small_files
+from .image_tokens import tell
+from .llava import NO_TOKEN, UNKNOWN_IMAGE_TOKEN, refuse_untold
 from .lowering import buffers, lower
 from .plan import Copy, Plan, build
+from .processors import added_tokens
+from .rows import is_llava
+from .saved_tokenizer import has_tokenizer, tokenizer_size
+from .stock_processors import stock_processor
 from .weights import weights
 from .writing import Digests, Job, Progress, carry_out
 
@@ -88,11 +94,13 @@ def plan_for(
             what = f"a vocabulary of {true_vocab_size} is asked for, config.json says {rows}, which has no padding"
             raise refuse(what, source, "leave --true-vocab-size out")
     else:
-        size = tokenizer_size(Path(tokenizer)) if tokenizer else None
+        checkpoint = open_checkpoint(source)
+        size = tokenizer_size(Path(tokenizer), added_tokens(checkpoint.args)) if tokenizer else None
         plan = build(
-            open_checkpoint(source), dtype=dtype, true_vocab_size=true_vocab_size, tokenizer_size=size,
-            keep_padding=keep_padding,
-        )  # fmt: skip
+            checkpoint, dtype=dtype, true_vocab_size=true_vocab_size, tokenizer_size=size, keep_padding=keep_padding
+        )
+        if tokenizer and is_llava(plan.config):
+            tell(plan.config, plan.checkpoint.args, Path(tokenizer))
     if strict and plan.unknown_arguments:
         raise refuse(
             f"{len(plan.unknown_arguments)} arguments are not known to leave the function as it is",
@@ -122,11 +130,12 @@ def job_for(
     if to == OURS:
         return folder_job(plan, max_shard_size, place)
     theirs, copies, said = lower(plan, to)
-    plan.notes.extend(said)
+    beside, more = stock_processor(plan.config, plan.checkpoint.args, theirs, place)
+    plan.notes.extend([*said, *more])
     files = outputs(copies, max_shard_size)
 
     def small(digests: Digests) -> dict[str, bytes]:
-        return family_files(plan, theirs, flat(digests), place) | indexed(files, buffers(plan, to))
+        return family_files(plan, theirs, flat(digests), place) | beside | indexed(files, buffers(plan, to))
 
     return Job(files, small)
 
@@ -152,6 +161,9 @@ def refuse_idle(
 
 def folder_job(plan: Plan, max_shard_size: str | int | None, tokenizer: Path | None) -> Job:
     """A folder of our own classes."""
+    refuse_untold(plan.config, plan.checkpoint.args)
+    if is_llava(plan.config) and plan.config.image_token_id == UNKNOWN_IMAGE_TOKEN:
+        plan.notes.append(NO_TOKEN)
     files = outputs(plan.copies, max_shard_size)
 
     def small(digests: Digests) -> dict[str, bytes]:

@@ -8,9 +8,10 @@ state, its name for the key; as in `weights.py` experts have several spellings. 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from .cuts import Config
-from .rows import Row, Spelling, stacked
+from .rows import IMAGES, LANGUAGE, PROJECTION, VISION, Row, Spelling, inside, is_llava, stacked
 from .weights import Weight, weights
 
 AT, EXPERTS = "self_attention", "mlp.experts"
@@ -82,6 +83,25 @@ def table(engine: bool, distributed: bool) -> tuple[Row, ...]:
     )
 
 
+def llava(engine: bool, distributed: bool) -> tuple[Row, ...]:
+    """The states of a LLaVA: of norms Transformer Engine's have one, as those around the encoder are in any case."""
+    core = CORE if engine and not distributed else ()
+    norms = (state("ln_pre", "norm before", IMAGES), state("ln_post", "norm after", IMAGES))
+    heads = tuple(state(f"{AT}.{name}") for name in ("linear_proj", "linear_qkv"))
+    widths = (state("mlp.linear_fc1"), state("mlp.linear_fc2"))
+    attention = tuple(replace(row, when="always") for row in core)
+    encoder = (
+        state("embedder", "patch matrix", IMAGES), *norms,
+        *stacked((*heads, *widths, *attention), IMAGES, "decoder.layers.{l}."),
+    )  # fmt: skip
+    projection = (
+        state("encoder.linear_fc1", "mlp", IMAGES), state("encoder.linear_fc2", "mlp", IMAGES),
+        state("encoder", "affine", IMAGES),
+    )  # fmt: skip
+    text = tuple(row for row in table(engine, distributed) if row.stack in ("", "decoder") and "BERT" not in row.when)
+    return (*inside(encoder, VISION), *inside(projection, PROJECTION), *inside(text, LANGUAGE))
+
+
 def states(config: Config, engine: bool, distributed: bool) -> Iterator[Weight]:
     """Every state that the model's modules ask for."""
-    return weights(config, table(engine, distributed))
+    return weights(config, (llava if is_llava(config) else table)(engine, distributed))

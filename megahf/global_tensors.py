@@ -19,7 +19,7 @@ from .errors import Problems
 from .expert_layouts import spelled
 from .extra_states import states
 from .plan import Copy
-from .rows import LAYERS, Row, Spelling, is_hybrid
+from .rows import IMAGES, LAYERS, Row, Spelling, is_hybrid, language
 from .shares import cut_of, padded
 from .stages import Stages
 from .target import Target
@@ -65,8 +65,12 @@ class Part(NamedTuple):
 
 
 def is_stacked(row: Row, config: Config) -> bool:
-    """Whether all layers of `row` are one tensor: Megatron asks whether a number says that all have experts or none."""
-    return row.stack in LAYERS and not is_hybrid(config) and config.moe_layer_freq == 1
+    """Whether all layers of `row` are one tensor: Megatron asks whether a number says that all have experts or none.
+
+    It asks an image encoder, too, which has that number from the language model.
+    """
+    mixed = is_hybrid(row.of(config)) or language(config).moe_layer_freq != 1
+    return row.stack in (*LAYERS, IMAGES) and not mixed
 
 
 def global_tensors(config: Config, copies: Iterable[Copy], target: Target) -> list[GlobalTensor]:
@@ -82,27 +86,27 @@ def global_tensors(config: Config, copies: Iterable[Copy], target: Target) -> li
     tensors: dict[str, GlobalTensor] = {}
     for weight in weights(config):
         copy, stacked = whole[weight.name], is_stacked(weight.row, config)
+        layers = weight.row.of(config).num_layers if stacked else 1
         first = stages.of_weight(weight)[0][0][0] * target.stage_size
         for spelling in spellings(weight.row, config, target):
             key = key_of(spelling.key, weight, stacked)
             shape, parts = cut_up(weight.row, spelling, copy.array, config, target)
             again = [(where, cut_up(weight.row, spelling, array, config, target)[1]) for where, array in copy.same]
-            tensor = tensors.setdefault(
-                key, GlobalTensor(key, (config.num_layers, *shape) if stacked else shape, copy.dtype, [])
-            )
+            tensor = tensors.setdefault(key, GlobalTensor(key, (layers, *shape) if stacked else shape, copy.dtype, []))
             if tensor.dtype != copy.dtype:
                 what = f"layers of one tensor are stored as {tensor.dtype} and as {copy.dtype}"
                 problems.add(what, key, "give one number format for all of them")
             for number, (start, array, process) in enumerate(parts):
                 same = tuple((where, others[number].array) for where, others in again)
-                piece = Piece(start, replace(copy, array=array, same=same, runtime=""), first + process)
+                blank = () if number else copy.blank
+                piece = Piece(start, replace(copy, array=array, same=same, runtime="", blank=blank), first + process)
                 tensor.pieces.append(named(key, layered(piece, weight.layer or 0) if stacked else piece))
     problems.raise_if_any()
     return list(tensors.values())
 
 
 def spellings(row: Row, config: Config, target: Target) -> list[Spelling]:
-    return spelled(row, "distributed", config) if row.experts else row.written(target.specs(config))
+    return spelled(row, "distributed", row.of(config)) if row.experts else row.written(target.specs(config))
 
 
 def key_of(spelling: str, weight: Weight, stacked: bool) -> str:
@@ -114,9 +118,10 @@ def cut_up(
     row: Row, spelling: Spelling, whole: Tiled, config: Config, target: Target
 ) -> tuple[tuple[int, ...], list[Part]]:
     """The shape of what a key stores of a weight, and its pieces."""
+    config = row.of(config)
     if row.experts:
         return whole.shape, list(of_experts(row, whole, config, target))
-    cut, array = cut_of(row, target), padded(row, whole, target)
+    cut, array = cut_of(row, target), padded(row, whole, config, target)
     if cut.dim is None:
         return array.shape, [Part((0,) * array.ndim, array, 0)]
     blocks = shares(array, cut.blocks(config), cut.dim)
@@ -167,12 +172,13 @@ def global_objects(config: Config, target: Target) -> list[GlobalObject]:
     for weight in states(config, target.engine, True):
         row, stacked = weight.row, is_stacked(weight.row, config)
         first = stages.of_weight(weight)[0][0][0] * target.stage_size
-        spelling = spelled(row, "distributed", config)[0].key if row.experts else row.name
-        key, layer = key_of(spelling, weight, stacked), [(weight.layer or 0, config.num_layers)] if stacked else []
+        spelling = spelled(row, "distributed", row.of(config))[0].key if row.experts else row.name
+        key = key_of(spelling, weight, stacked)
+        layer = [(weight.layer or 0, row.of(config).num_layers)] if stacked else []
         if not row.experts:
             found.append(GlobalObject(shard(key, layer), first))
             continue
-        total = config.num_experts or 0
+        total = row.of(config).num_experts or 0
         for expert in range(total):
             writer = first + expert // (total // target.grid.expert) * target.grid.expert_tensor
             found.append(GlobalObject(shard(key, [*layer, (expert, total)]), writer))

@@ -11,6 +11,7 @@ from typing import Any
 from . import hybrid
 from .errors import refuse
 from .layouts import Grid, layers, stage_count
+from .llava_types import is_hybrid_type
 from .rows import is_hybrid
 
 Args = Mapping[str, Any]
@@ -28,6 +29,8 @@ def grid(args: Args, chunks: int | None = None) -> Grid:
     if layout is not None and not isinstance(layout, str):
         raise refuse(f"pipeline_model_parallel_layout {layout!r:.60} is no layout string", "args", DAMAGED)
     virtual = size(args, "virtual_pipeline_model_parallel_size")
+    if args.get("encoder_pipeline_model_parallel_size"):
+        return with_encoder(args, tensor, pipeline)
     return Grid(
         tensor=tensor,
         pipeline=pipeline,
@@ -40,6 +43,30 @@ def grid(args: Args, chunks: int | None = None) -> Grid:
         loss=bool(args.get("account_for_loss_in_pipeline_split")) and pipeline > 1,
         layout=layout,
     )
+
+
+def with_encoder(args: Args, tensor: int, pipeline: int) -> Grid:
+    """The ranks of Megatron 0.9 to 0.13 where an image encoder has a stage of its own, before the language model's.
+
+    `initialize_model_parallel` counts it among the pipeline's ranks and gives it tensor-parallel ranks of its own; the
+    language model's layers are shared out evenly over the others (core_v0.12.0: parallel_state.py, training.py).
+
+    Raises:
+        Refused: two stages of an encoder, virtual or uneven ones, hybrids: it had none, or their rule is not known.
+    """
+    stages, own = args["encoder_pipeline_model_parallel_size"], args.get("encoder_tensor_model_parallel_size")
+    others = ("virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
+              "decoder_last_pipeline_num_layers", "account_for_embedding_in_pipeline_split",
+              "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout")  # fmt: skip
+    given = [name for name in others if args.get(name)]
+    given += ["a hybrid"] if is_hybrid_type(str(args.get("language_model_type"))) else []
+    if stages != 1 or given:
+        what = f"encoder_pipeline_model_parallel_size {stages}" + (f" beside {', '.join(given)}" if given else "")
+        remedy = "save it again with that Megatron, as torch_dist or without --encoder-pipeline-model-parallel-size"
+        raise refuse(f"{what}: which stage holds which layers is not known", "args", remedy)
+    expert = size(args, "expert_model_parallel_size")
+    shards = size(args, "expert_tensor_parallel_size", tensor)
+    return Grid(tensor, pipeline + 1, 1, expert, shards, first=0, encoder=own or tensor)
 
 
 def size(args: Args, name: str, default: int = 1) -> int:

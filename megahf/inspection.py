@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .architectures import AUTO_MAPS
+from .architectures import AUTO_MAPS, fields
 from .arguments import grid
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import Refused
 from .hf_folder import CONFIG, is_hf_folder
+from .image_drawing import image_lines
 from .jsonfile import read_json
 from .layouts import layers
 from .pattern_drawing import drawing, pattern_lines
 from .plan import Plan, amount, build
-from .rows import Row, is_hybrid
+from .rows import Row, is_hybrid, is_llava
 from .weights import weights
 
 if TYPE_CHECKING:
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 
 
-def inspect(path: str | Path, true_vocab_size: int | None = None) -> Report:
-    """What `megahf inspect --json` prints: plain data; `refused` lists what stands in the way of a conversion."""
+def inspect(path: str | Path, true_vocab_size: int | None = None, budget: dict[str, int] | None = None) -> Report:
+    """What `megahf inspect --json` prints: plain data; `refused` lists what stands in the way of a conversion.
+
+    Args:
+        budget: a context, and what there is for it, as `context_advice.advise` takes them.
+    """
     if is_hf_folder(Path(path)):
-        return inspect_folder(Path(path), true_vocab_size)
+        return inspect_folder(Path(path), true_vocab_size, budget)
     checkpoint = open_checkpoint(path)
     report = header(checkpoint)
     try:
@@ -37,7 +42,19 @@ def inspect(path: str | Path, true_vocab_size: int | None = None) -> Report:
     except Refused as error:
         report["refused"] = str(error).splitlines()
         return report
-    return report | contents(plan)
+    return report | contents(plan) | advice(plan, budget)
+
+
+def advice(plan: Plan, budget: dict[str, int] | None) -> Report:
+    """What a long context takes, if one is asked about."""
+    if budget is None:
+        return {}
+    from .context_advice import advise  # it knows the families, whose start takes a while
+
+    try:
+        return {"context": advise(plan.config, **budget)}
+    except Refused as error:
+        return {"refused": str(error).splitlines()}
 
 
 def header(checkpoint: Checkpoint) -> Report:
@@ -56,7 +73,7 @@ def header(checkpoint: Checkpoint) -> Report:
     }
 
 
-def inspect_folder(folder: Path, true_vocab_size: int | None) -> Report:
+def inspect_folder(folder: Path, true_vocab_size: int | None, budget: dict[str, int] | None = None) -> Report:
     """The same of a Hugging Face folder, which is converted to Megatron's."""
     from .export import MEGATRON, job_for, plan_for  # they know the card, which knows this module
 
@@ -74,6 +91,7 @@ def inspect_folder(folder: Path, true_vocab_size: int | None) -> Report:
         plan = plan_for(folder, true_vocab_size=true_vocab_size)
         report |= contents(plan)
         job_for(plan, MEGATRON)
+        report |= advice(plan, budget)
     except Refused as error:
         report["refused"] = str(error).splitlines()
     return report
@@ -94,7 +112,7 @@ def contents(plan: Plan) -> Report:
     return {
         "parameters": sum(math.prod(copy.shape) for copy in plan.copies),
         "bytes": dict(sources),
-        "config": vars(plan.config),
+        "config": fields(plan.config),
         "vocabulary": {"size": plan.config.vocab_size, "padding": plan.padding, "known": plan.vocabulary},
         "stages": stages(plan),
         "pattern": drawing(plan) if is_hybrid(plan.config) else None,
@@ -132,9 +150,11 @@ def cut_words(row: Row) -> str:
 def stages(plan: Plan) -> list[Report]:
     """Which layers each pipeline rank's chunks hold."""
     held = layers(plan.grid, plan.config.num_layers)
+    encoder = {"encoder": True} if is_llava(plan.config) else {}
     return [
-        {"pipeline": rank, "chunk": chunk, "layers": [numbers.start, numbers.stop]}
+        {"pipeline": rank, "chunk": chunk, "layers": [numbers.start, numbers.stop], **(encoder if first else {})}
         for (rank, chunk), numbers in sorted(held.items())
+        for first in [(rank, chunk) == (0, 0)]
     ]
 
 
@@ -153,6 +173,11 @@ def page(report: Report) -> None:
     console.print(f"{kind}, written by {report['written_by']}: {size}", markup=False)
     if "config" in report:
         model(console, report)
+    if "context" in report:
+        from .context_advice import lines
+
+        for line in lines(report["context"]):
+            console.print(line, markup=False, soft_wrap=True)
     for reason in report["refused"]:
         console.print("[red]refused:[/red]", end=" ")
         console.print(reason, markup=False)
@@ -170,7 +195,7 @@ def model(console: Any, report: Report) -> None:
     else:
         console.print(stage_line(report["stages"]))
     if experts := report["experts"]:
-        console.print(expert_line(experts, report["config"]["num_experts"]))
+        console.print(expert_line(experts, report["config"].get("text_config", report["config"])["num_experts"]))
     console.print()
     console.print(weight_table(report["weights"]))
     for reason, count in report["left_out"].items():
@@ -185,6 +210,8 @@ def model(console: Any, report: Report) -> None:
 
 def architecture(config: Report) -> str:
     """The model in a few lines of words."""
+    if "text_config" in config:
+        return "\n".join([*image_lines(config), architecture(config["text_config"])])
     norm = config["normalization"] + (" (zero-centred)" if config["layernorm_zero_centered_gamma"] else "")
     options = [
         norm,
@@ -269,12 +296,14 @@ def stage_line(stages: list[Report]) -> str:
     if len(stages) == 1:
         return f"one stage with layers 0-{stages[0]['layers'][1] - 1}"
     ordered = sorted(stages, key=lambda stage: (stage["chunk"], stage["pipeline"]))
-    return "stages: " + " | ".join(
-        f"pp{stage['pipeline']} {stage['layers'][0]}-{stage['layers'][1] - 1}"
-        if stage["layers"][0] < stage["layers"][1]
-        else f"pp{stage['pipeline']} none"
-        for stage in ordered
-    )
+    return "stages: " + " | ".join(f"pp{stage['pipeline']} {held(stage)}" for stage in ordered)
+
+
+def held(stage: Report) -> str:
+    """What a stage has of the image encoder, and of the layers."""
+    first, end = stage["layers"]
+    layers = [f"{first}-{end - 1}"] if first < end else []
+    return " + ".join((["the encoder"] if stage.get("encoder") else []) + layers) or "none"
 
 
 def weight_table(rows: list[Report]) -> Table:

@@ -1,4 +1,4 @@
-"""JSON files that someone else may have written."""
+"""JSON files: those that someone else may have written, and ours."""
 
 from __future__ import annotations
 
@@ -20,3 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse("the file holds no JSON object", path)
     return value
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -28,10 +28,12 @@ class Grid:
     embedding: bool = False  # the embedding counts as a layer
     loss: bool = False  # the loss counts as a layer
     layout: str | None = None  # "Et|t|tt|L"
+    encoder: int | None = None  # tensor-parallel ranks of an image encoder that has the first stage to itself
 
     def __str__(self) -> str:
         sizes = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.virtual, "EP": self.expert}
         named = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name == "TP"]
+        named += [f"an encoder's stage of TP{self.encoder}"] if self.encoder else []
         return " ".join([*named, f"ETP{self.expert_tensor}"] if self.expert_tensor != self.tensor else named)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import dtypes
-from .architectures import load_class, model_type
+from .architectures import fields, load_class, model_type
 from .errors import refuse
 from .execute import BUFFER, Checks, Ledger, run, settle
 from .export import plan_for
+from .llava import refuse_untold
 from .plan import Copy, Plan
 from .weights import weights
 from .writing import Progress
@@ -55,7 +56,8 @@ def from_megatron(
     plan = plan_for(checkpoint, dtype_name(dtype), true_vocab_size, tokenizer, strict)
     stored = dtypes.TORCH_NAME[plan.dtype]
     chosen = {name: config.pop(name) for name in IMPLEMENTATIONS if name in config}
-    settings = load_class(plan.config, "AutoConfig")(**{**vars(plan.config), "dtype": stored, **config})
+    refuse_untold(plan.config, plan.checkpoint.args)
+    settings = load_class(plan.config, "AutoConfig")(**{**fields(plan.config), "dtype": stored, **config})
     with torch.device("meta"):
         model = fitting(model_class, plan)._from_config(settings, dtype=getattr(torch, stored), **chosen)
     if device_map == "meta":

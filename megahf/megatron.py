@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__, dtypes
+from . import __version__, dtypes, llava
 from .arguments import unsaid
 from .checkpoint import TRACKER
 from .checkpoint.distributed import BACKEND, COMMON, METADATA, Chunk, Place, Stored
@@ -26,6 +26,7 @@ from .command_lines import command_line, remarks
 from .folder import provenance
 from .global_tensors import CONTENT_METADATA, global_objects, global_tensors
 from .plan import Copy, Plan
+from .rows import is_llava
 from .run_arguments import as_records, run_arguments
 from .shares import Model, ranked
 from .shares import Place as RankFile
@@ -91,7 +92,8 @@ def megatron_job(plan: Plan, target: Target) -> Job:
         *options, last = (f"    {option}" for option in command_line(args, str(place)))
         fewer = sensible_tp(plan.config)
         size = [f"--tp {fewer} would be enough for its size"] if target.grid.tensor > fewer else []
-        return ["Megatron loads it with", *(f"{option} \\" for option in options), last, *remarks(args), *size]
+        said = llava.remarks(args, plan.config) if is_llava(plan.config) else []
+        return ["Megatron loads it with", *(f"{option} \\" for option in options), last, *remarks(args), *said, *size]
 
     return Job(outputs, all_small, TRACKER, how_to_load)
 

@@ -21,10 +21,11 @@ from . import dtypes
 from .arguments import config as config_of
 from .arguments import grid, notes, unknown, vocabulary
 from .checkpoint import Checkpoint
-from .cuts import Config
+from .cuts import Config, padded_heads
 from .discovery import discover, marked, shapes_of
 from .errors import Problems, refuse
 from .layouts import Grid
+from .rows import LANGUAGE, language
 from .stored import Copies, Places, Source, Stored, check_shape, locate, versions
 from .tiles import Tiled, join
 from .weights import HEAD, WORDS, Weight, weights
@@ -40,6 +41,7 @@ class Copy:
     same: tuple[tuple[str, Tiled], ...] = ()  # (where, array): stored again, and must be equal bit for bit
     runtime: str = ""  # the parameter's name in the model
     plus: float = 0.0  # added to every number: a norm's scale about zero becomes one about one
+    blank: tuple[tuple[str, Tiled], ...] = ()  # (where, array): left out, and must be zeros
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +139,7 @@ def build(
     source = Source.of(config, args, ranks)._replace(padding=keep_padding)
     places, left_out = locate(checkpoint, source)
     rows = vocabulary_rows(places, ranks)
-    config.vocab_size, known = vocabulary(args, rows, true_vocab_size, tokenizer_size)
+    language(config).vocab_size, known = vocabulary(args, rows, true_vocab_size, tokenizer_size)
     copies = assemble(places, source, target_dtype(dtype))
     padding, experts = rows - config.vocab_size, expert_layout(places)
     return Plan(checkpoint, config, ranks, copies, padding, known, experts, left_out, unknown(args), said)
@@ -160,12 +162,13 @@ def expert_layout(places: Places) -> str:
 
 def vocabulary_rows(places: Places, ranks: Grid) -> int:
     """Rows of the word embedding over all ranks, padding included."""
-    if WORDS not in places:
+    words = next((name for name in (WORDS, f"{LANGUAGE}.{WORDS}") if name in places), None)
+    if words is None:
         raise refuse("the word embedding is not in this checkpoint", WORDS, "is the first pipeline stage missing?")
-    stored = next(iter(places[WORDS].values()))
+    stored = next(iter(places[words].values()))
     (part,) = stored.runs[0].values()
     if absent := sorted(set(range(ranks.tensor if stored.sharded else 1)) - set(part)):
-        raise refuse(f"missing on tensor-parallel ranks {absent} of {ranks.tensor}", WORDS, "are ranks mixed up?")
+        raise refuse(f"missing on tensor-parallel ranks {absent} of {ranks.tensor}", words, "are ranks mixed up?")
     return sum(copies[0][1].shape[0] for copies in part.values())
 
 
@@ -182,7 +185,8 @@ def assemble(places: Places, source: Source, dtype: np.dtype | None) -> list[Cop
         wholes = [whole for chunk in stored for whole in assembled(weight, chunk, source, problems)]
         if wholes:
             target = target_of(weight, wholes[0][1].dtype, dtype)
-            copies.append(Copy(name, wholes[0][1], target, tuple(wholes[1:]), runtime(weight)))
+            blank = tuple(dummy for chunk in stored for dummy in dummies(weight, chunk, source))
+            copies.append(Copy(name, wholes[0][1], target, tuple(wholes[1:]), runtime(weight), blank=blank))
     problems.raise_if_any()
     return copies
 
@@ -236,6 +240,16 @@ def assembled(weight: Weight, stored: Stored, source: Source, problems: Problems
         return []
 
 
+def dummies(weight: Weight, stored: Stored, source: Source) -> Copies:
+    """(where, array) of the dummy heads that a chunk stores of a matrix; what norms have of them scales zeros."""
+    cut = weight.row.cut
+    if not cut.heads or cut.dim is None or len(weight.shape) == 1:
+        return []
+    wholes, size = versions(weight.row, stored, stored.runs[0], weight.shape, source), weight.shape[cut.dim]
+    rest = [(where, array.narrow(cut.dim, size, array.shape[cut.dim] - size)) for where, array in wholes]
+    return [(where, array) for where, array in rest if array.nbytes]
+
+
 def absent_experts(runs: Mapping[int, Copies], total: int) -> list[int]:
     """Experts that no run holds."""
     held = {first + number for first, copies in runs.items() for number in range(copies[0][1].shape[0])}
@@ -249,12 +263,18 @@ def in_turn(runs: Mapping[int, Copies], turn: int) -> tuple[str, Tiled]:
 
 
 def fitted(weight: Weight, array: Tiled, source: Source) -> Tiled:
-    """`array` without vocabulary padding, if that is not kept; its shape must be what the config says."""
-    whole = array
-    if weight.row.cut.padded and array.shape[0] >= weight.shape[0]:
+    """`array` without vocabulary padding, if that is not kept, and without an encoder's dummy heads; its shape must be
+    what the config says."""
+    whole, cut = array, weight.row.cut
+    if cut.padded and array.shape[0] >= weight.shape[0]:
         array = array.narrow(0, 0, weight.shape[0])
+    if cut.heads and cut.dim is not None:
+        config, size = weight.row.of(source.config), weight.shape[cut.dim]
+        padded = padded_heads(config, source.ranks.encoder or source.ranks.tensor)
+        if array.shape[cut.dim] == size // config.num_attention_heads * padded:
+            array = array.narrow(cut.dim, 0, size)
     check_shape(weight.row, array.shape, weight.shape, source.config)
-    return whole if source.padding else array
+    return whole if source.padding and cut.padded else array
 
 
 def amount(size: int) -> str:

@@ -6,8 +6,8 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from .rows import LAYERS, Row, Spelling
-from .weights import TABLE
+from .rows import IMAGES, LANGUAGE, LAYERS, PROJECTION, VISION, Row, Spelling
+from .weights import LLAVA, TABLE
 
 # Stored beside the weights and left out on purpose, with the reason.
 IGNORED = {
@@ -25,12 +25,16 @@ IGNORED = {
 # Weights of models that are not built yet, to say more than "unknown".
 FOREIGN = {
     r".*\.router\.qb_beta": "quantile balancing of experts",
-    r"vision_model\..*|vision_projection\..*|language_model\..*": "LLaVA",
+    r"vision_model\.video_embedder\..*": "an encoder of videos",
+    r"(vision_model|language_model)\.model\..*": "transformers' own models inside Megatron's LLaVA",
+    r"vision_model\.(patch_embed|merger|rope)\..*": "an image encoder of Megatron's that is not built",
+    r"sound_model\..*|sound_projection\..*": "a LLaVA that hears",
     r".*\.(pre_)?cross_attn.*|.*\.cross_attention.*|lm_head\.output_layer\.bias": "T5",
 }
 
 PREFIX = r"(?:module\.|model\.)*"  # wrappers that some writers leave on
 WRAPPERS = re.compile(f"^{PREFIX}")
+PART = re.compile(rf"{PREFIX}({VISION}|{PROJECTION}|{LANGUAGE})\.")  # of a LLaVA
 NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)|(?:(?<=linear_fc[12]\.weight)|(?<=linear_fc[12]\.bias))\d+(?=$|_[wv]$)")
 
 
@@ -49,12 +53,13 @@ Candidate = tuple[re.Pattern[str], Row, Spelling, bool]  # the last: stacked, wh
 
 
 @cache
-def spellings() -> dict[str, list[Candidate]]:
-    """Every way a row is stored, one by one and stacked, by the form of its keys."""
+def spellings(llava: bool) -> dict[str, list[Candidate]]:
+    """Every way a row is stored, one by one and stacked, by the form of its keys; of a LLaVA, or of other models."""
     ways: dict[str, list[Candidate]] = {}
-    for row in TABLE:
+    for row in LLAVA if llava else TABLE:
         for spelling in row.spellings:
-            keys = {spelling.key: False} | ({spelling.key.replace(".{l}", ""): True} if row.stack in LAYERS else {})
+            together = {spelling.key.replace(".{l}", ""): True} if row.stack in (*LAYERS, IMAGES) else {}
+            keys = {spelling.key: False} | together
             for key, stacked in keys.items():
                 ways.setdefault(form(key.format(l=0, e=0, k=0)), []).append((pattern(key), row, spelling, stacked))
     return ways
@@ -83,7 +88,7 @@ def recognise(key: str) -> tuple[Found, ...]:
     holds two. Files of ranks hold the same keys over and over, so it is asked once for each.
     """
     found = []
-    for matcher, row, spelling, every in spellings().get(form(key), ()):
+    for matcher, row, spelling, every in spellings(PART.match(key) is not None).get(form(key), ()):
         if match := matcher.fullmatch(key):
             numbers = match.groupdict()
             layer, expert, head = (int(numbers[name]) if name in numbers else None for name in "lek")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .cuts import ONE_EXPERT, PACKED, PLAIN, WHOLE, Config, Cut, Pack, convolved, gates, in_proj, mixer_width
+from .models.vision_kinds import vision_kind
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -47,6 +48,35 @@ def sizes(config: Config) -> dict[str, int]:
     }
 
 
+def image_sizes(config: Config) -> dict[str, int]:
+    """What the letters of an image encoder's shapes stand for; `config` is its own."""
+    patches = (config.img_h // config.patch_dim) * (config.img_w // config.patch_dim)
+    return {
+        "h": config.hidden_size,
+        "3": 3,
+        "p": config.patch_dim,
+        "3pp": 3 * config.patch_dim**2,  # per colour its rows
+        "c": config.class_token_len,
+        "c+n": config.class_token_len + patches,
+        "N": (config.max_img_h // config.patch_dim) * (config.max_img_w // config.patch_dim),
+        "nd": config.num_attention_heads * config.kv_channels,
+        "3nd": 3 * config.num_attention_heads * config.kv_channels,  # per head: q | k | v
+        "f": config.ffn_hidden_size,
+        "fc1": config.ffn_hidden_size * gates(config),
+        "1": 1,
+    }
+
+
+def projection_sizes(config: Config) -> dict[str, int]:
+    """What the letters of a projection's shapes stand for; `config` is the LLaVA's."""
+    return {
+        "hi": config.vision_config.hidden_size * (4 if config.pixel_shuffle else 1),
+        "ht": config.text_config.hidden_size,
+        "fp": config.projection_ffn_hidden_size,
+        "fp1": config.projection_ffn_hidden_size * (2 if config.projection_gated_linear_unit else 1),
+    }
+
+
 def mixer_sizes(config: Config) -> dict[str, int]:
     """What the letters of a Mamba mixer's shapes stand for."""
     heads, width, rank = config.mamba_num_heads or 0, mixer_width(config), config.mamba_dt_rank or 0
@@ -69,6 +99,25 @@ def is_hybrid(config: Config) -> bool:
 
 def is_bert(config: Config) -> bool:
     return getattr(config, "add_binary_head", None) is not None
+
+
+def is_llava(config: Config) -> bool:
+    return getattr(config, "vision_config", None) is not None
+
+
+def language(config: Config) -> Config:
+    """The config of the model that predicts tokens: a LLaVA's own is beside those of its parts."""
+    return config.text_config if is_llava(config) else config
+
+
+# Parts of a LLaVA, by which its weights' names begin: whose config their rows ask, and what the letters stand for.
+VISION, PROJECTION, LANGUAGE = "vision_model", "vision_projection", "language_model"
+PARTS: dict[str, tuple[Callable[[Config], Config], Callable[[Config], dict[str, int]]]] = {
+    "": (lambda c: c, sizes),
+    VISION: (lambda c: c.vision_config, image_sizes),
+    PROJECTION: (lambda c: c, projection_sizes),
+    LANGUAGE: (lambda c: c.text_config, sizes),
+}
 
 
 def is_kind(symbols: str, config: Config, layer: int) -> bool:
@@ -131,6 +180,23 @@ CONDITIONS: dict[str, Callable[[Config, int], bool]] = {
     "shared experts": lambda c, n: is_moe(c, n) and bool(c.moe_shared_expert_intermediate_size),
     "shared gate": lambda c, n: is_moe(c, n) and c.moe_shared_expert_gate,
     "latent experts": lambda c, n: is_moe(c, n) and c.moe_latent_size is not None,
+    # of image encoders
+    "convolution": lambda c, _: vision_kind(c.vision_model_type).tower == "clip",
+    "patch matrix": lambda c, _: vision_kind(c.vision_model_type).tower == "radio",
+    "patch bias": lambda c, _: vision_kind(c.vision_model_type).patch_bias,
+    "class tokens": lambda c, _: c.class_token_len > 0,
+    "heads' bias": lambda c, _: c.add_qkv_bias,
+    "mask token": lambda c, _: vision_kind(c.vision_model_type).mask_token,
+    "norm before": lambda c, _: vision_kind(c.vision_model_type).ln_pre,
+    "norm after": lambda c, _: vision_kind(c.vision_model_type).ln_post,
+    "joined norms": lambda c, _: not vision_kind(c.vision_model_type).plain_norms,
+    "plain norms": lambda c, _: vision_kind(c.vision_model_type).plain_norms,
+    # of projections
+    "mlp": lambda c, _: c.vision_projection_type == "mlp",
+    "affine": lambda c, _: c.vision_projection_type == "affine",
+    "projection bias": lambda c, _: c.projection_add_bias_linear,
+    "projection norm": lambda c, _: c.projection_normalization is not None,
+    "projection LayerNorm": lambda c, _: c.projection_normalization == "LayerNorm",
 }  # fmt: skip
 
 
@@ -147,13 +213,16 @@ class Heads:
 
 # Who writes a weight under another key than its own name. Local layers have their norms beside the matrices; in
 # distributed checkpoints they take the names of Transformer Engine's, where Megatron has a table for that.
-LOCAL, MAPPED, DISTRIBUTED, READ_ONLY = SPECS = "local", "local distributed", "distributed", "read only"
+LOCAL, MAPPED, ENGINE, DISTRIBUTED, READ_ONLY = SPECS = (
+    "local", "local distributed", "engine", "distributed", "read only",
+)  # fmt: skip
 
 # The stacks that are a model's own layers; it has one of them.
 LAYERS = "decoder", "encoder"
+IMAGES = "images"  # an image encoder's layers, all on one stage
 
-# Pipeline stages of what is in no stack: the embedding's, the final norm's, the output's.
-STAGES = "embedding", "norm", "output"
+# Pipeline stages of what is in no stack: an image encoder's, the embedding's, the final norm's, the output's.
+STAGES = IMAGES, "embedding", "norm", "output"
 
 
 @dataclass(frozen=True)
@@ -184,6 +253,7 @@ class Row:
     interleave: str = ""  # the arguments that store gate and up in blocks by turns: the size, and the switch
     stack: str = ""  # the stack of layers it is repeated in
     stage: str = ""  # the pipeline stage it is in, where it is in no stack: one of STAGES
+    part: str = ""  # of a LLaVA that it is in: one of PARTS
 
     @property
     def spellings(self) -> tuple[Spelling, ...]:
@@ -202,25 +272,36 @@ class Row:
         """The parameter's name in the base model's modules."""
         return self.parameter or self.name
 
+    def of(self, config: Config) -> Config:
+        """The config of the part that it is in."""
+        return PARTS[self.part][0](config)
+
     def unmet(self, config: Config, layer: int | None) -> list[str]:
         """The conditions for it that do not hold in layer `layer` of its stack."""
+        if is_llava(config) != bool(self.part):
+            return ["LLaVA" if self.part else "no LLaVA"]
         model, place = self.seen(config, layer)
         return [condition for condition in self.when.split(", ") if not CONDITIONS[condition](model, place)]
 
     def exists(self, config: Config, layer: int | None) -> bool:
         """Whether the model has it in layer `layer` of its stack."""
+        if is_llava(config) != bool(self.part):
+            return False
         model, place = self.seen(config, layer)
         return all(CONDITIONS[condition](model, place) for condition in self.when.split(", "))
 
     def seen(self, config: Config, layer: int | None) -> tuple[Config, int]:
         """The config and the layer that conditions ask about: a GPT's head for further tokens is like its last layer,
         a hybrid's is a stack with a pattern of its own."""
+        own = self.of(config)
         if self.stack == "heads":
-            return Heads(config), layer or 0
-        return config, config.num_layers - 1 if self.stack == "mtp" else layer or 0
+            return Heads(own), layer or 0
+        return own, own.num_layers - 1 if self.stack == "mtp" else layer or 0
 
     def dims(self, config: Config) -> tuple[int, ...]:
-        return tuple(sizes(config)[letter] for letter in self.shape.split())
+        of, letters = PARTS[self.part]
+        known = letters(of(config))
+        return tuple(known[letter] for letter in self.shape.split())
 
 
 def keys(*names: str, spec: str = "") -> tuple[Spelling, ...]:
@@ -274,5 +355,18 @@ def stacked(rows: tuple[Row, ...], stack: str, under: str, *others: str, when: s
         parameter = under + row.parameter if row.parameter else ""
         exists = f"{when}, {row.when}" if when else row.when
         return replace(row, name=under + row.name, also=tuple(spelled), parameter=parameter, stack=stack, when=exists)
+
+    return tuple(map(place, rows))
+
+
+def inside(rows: tuple[Row, ...], part: str) -> tuple[Row, ...]:
+    """`rows` as those of a LLaVA's part, whose name theirs begin with."""
+    under = f"{part}."
+
+    def place(row: Row) -> Row:
+        spelled = tuple(replace(one, key=under + one.key) for one in row.spellings)
+        tied = under + row.tied if row.tied else ""
+        parameter = under + row.parameter if row.parameter else ""
+        return replace(row, name=under + row.name, also=spelled, parameter=parameter, tied=tied, part=part)
 
     return tuple(map(place, rows))

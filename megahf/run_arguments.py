@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import bert, hybrid
+from . import bert, hybrid, llava
 from .arguments import Args, Config, arguments_of, defaults, lost
 from .checkpoint.opcodes import Global, Made
 from .dtypes import BY_TORCH, SHORT
 from .errors import Refused, refuse
 from .grid_arguments import grid_arguments
-from .rows import is_bert, is_hybrid
+from .rows import is_bert, is_hybrid, is_llava
 
 if TYPE_CHECKING:
     from .target import Target
@@ -54,10 +54,12 @@ def run_arguments(
     if name not in SHORT.values():
         raise refuse(f"Megatron trains no weights in {dtype}", "--dtype", f"one of {', '.join(SHORT)}")
     given = kept(source_args or {})
-    made = {**defaults(), **given, bert.MARK: is_bert(config)}
+    made = {**defaults(), **given, bert.MARK: is_bert(config), llava.MARK: is_llava(config)}
     if not says(made, config):
         made |= arguments_of(config)
-    if is_hybrid(config):
+    if is_llava(config):
+        made = {**llava.script(config), **made, "use_te": target.engine, "spec": None}
+    elif is_hybrid(config):
         made |= {"is_hybrid_model": True, "spec": given.get("spec") or hybrid.SPEC}
     if is_bert(config):
         made["spec"] = None if target.engine else bert.LOCAL_SPEC
@@ -70,7 +72,7 @@ def run_arguments(
     derive_sizes(made)
     derive_run(made)
     lost(made, config).raise_if_any()
-    del made[bert.MARK]
+    del made[bert.MARK], made[llava.MARK]
     return made
 
 
@@ -83,7 +85,8 @@ def says(args: Args, config: Config) -> bool:
 
 def kept(source_args: Args) -> dict[str, Any]:
     """What today's Megatron knows of a source's args, in plain values: objects of its classes are of its version."""
-    return {name: value for name, value in source_args.items() if name in defaults() and is_plain(value)}
+    names = {*defaults(), *llava.NAMES}
+    return {name: value for name, value in source_args.items() if name in names and is_plain(value)}
 
 
 def is_plain(value: object) -> bool:

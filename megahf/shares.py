@@ -11,16 +11,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .checkpoint import Rank
-from .cuts import WHOLE, Config, Cut
+from .cuts import WHOLE, Config, Cut, padded_heads
 from .expert_layouts import stores
 from .extra_states import states
 from .layouts import Chunk, Grid
 from .plan import Copy
-from .rows import READ_ONLY, Row
+from .rows import READ_ONLY, Row, language
 from .stages import Stages
 from .target import Target
-from .tiles import Tiled, join, zeros
-from .weights import TABLE, Weight, weights
+from .tiles import Tiled, join, replaced, zeros
+from .weights import Weight, table_of, weights
 
 Model = dict[str, Copy | None]  # key -> what is stored; None: an extra state, stored as None
 Arrays = dict[tuple[int, int], dict[str, Tiled]]  # (expert rank, rank among those that cut it) -> key -> share
@@ -80,7 +80,7 @@ def ranked(config: Config, copies: Iterable[Copy], target: Target) -> dict[Place
                 for key, copy in shards[own].items():
                     numbered, name = key.format(l=layer, k=weight.head), model_name(chunk, grid)
                     files[place][name][numbered] = replace(copy, name=f"{place.folder}/{name}/{numbered}")
-                shards[own] = {key: replace(copy, same=()) for key, copy in shards[own].items()}
+                shards[own] = {key: replace(copy, same=(), blank=()) for key, copy in shards[own].items()}
     for weight in states(config, target.engine, False):
         for chunk, layer in stages.of_weight(weight):
             added = {key.format(l=layer, k=weight.head): None for key in state_keys(weight.row, config, target)}
@@ -92,18 +92,24 @@ def ranked(config: Config, copies: Iterable[Copy], target: Target) -> dict[Place
 def stored(config: Config, stages: Stages) -> Iterator[tuple[Weight, str]]:
     """Every weight that files store, and whose values it has: a tied output layer on a stage of its own is a copy."""
     yield from ((weight, weight.name) for weight in weights(config))
-    for row in TABLE:
+    for row in table_of(config):
         if row.tied and not row.exists(config, None) and stages.places[row.stage][0] != stages.places["embedding"][0]:
             yield Weight(row.name, row, None, row.dims(config), row.runtime), row.tied
 
 
 def sharded(weight: Weight, copy: Copy, config: Config, target: Target) -> Shards:
     """A weight as each rank holds it, with what is stored again cut in the same way."""
-    shares = arrays(weight, copy.array, config, target)
+    shares, first = arrays(weight, copy.array, config, target), (0, 0)
     again = [(where, arrays(weight, array, config, target)) for where, array in copy.same]
     return {
         rank: {
-            key: replace(copy, array=array, runtime="", same=tuple((where, other[rank][key]) for where, other in again))
+            key: replace(
+                copy,
+                array=array,
+                runtime="",
+                same=tuple((where, other[rank][key]) for where, other in again),
+                blank=copy.blank if rank == first else (),
+            )
             for key, array in keyed.items()
         }
         for rank, keyed in shares.items()
@@ -112,11 +118,11 @@ def sharded(weight: Weight, copy: Copy, config: Config, target: Target) -> Shard
 
 def arrays(weight: Weight, whole: Tiled, config: Config, target: Target) -> Arrays:
     """The shares of a whole weight, in the spelling of the target's layers."""
-    row, grid = weight.row, target.grid
+    row, grid, own = weight.row, target.grid, weight.row.of(config)
     if row.experts:
-        return stores(row, whole, target.experts, config, grid.expert, grid.expert_tensor)
+        return stores(row, whole, target.experts, own, grid.expert, grid.expert_tensor)
     (spelling,) = row.written(target.specs(config))
-    shares = cut_of(row, target).split(padded(row, whole, target), config, grid.tensor)
+    shares = cut_of(row, target).split(padded(row, whole, own, target), own, grid.tensor)
     return {(0, rank): {spelling.key: share} for rank, share in enumerate(shares)}
 
 
@@ -131,8 +137,13 @@ def cut_of(row: Row, target: Target) -> Cut:
     return WHOLE if row.cut.by_version and target.engine else row.cut
 
 
-def padded(row: Row, whole: Tiled, target: Target) -> Tiled:
-    """A word embedding of the target's rows: zeros are added, or padding that is too much is left out."""
+def padded(row: Row, whole: Tiled, config: Config, target: Target) -> Tiled:
+    """A word embedding of the target's rows: zeros are added, or padding that is too much is left out; and an encoder's
+    heads with dummy ones. `config` is that of the row's part."""
+    if row.cut.heads and row.cut.dim is not None:
+        dim, more = row.cut.dim, padded_heads(config, target.grid.tensor) - config.num_attention_heads
+        dummies = replaced(whole.shape, dim, whole.shape[dim] // config.num_attention_heads * more)
+        return join([whole, zeros(dummies, whole.dtype)], dim) if more else whole
     if not row.cut.padded:
         return whole
     kept = whole.narrow(0, 0, min(whole.shape[0], target.vocabulary))
@@ -144,6 +155,6 @@ def state_keys(row: Row, config: Config, target: Target) -> list[str]:
     """The keys of an extra state in a file; experts that are held one by one have one each."""
     if not row.experts:
         return [row.name]
-    local = range((config.num_experts or 0) // target.grid.expert)
+    local = range((language(config).num_experts or 0) // target.grid.expert)
     found = [one.key for one in row.spellings if one.layout == target.experts and one.spec != READ_ONLY]
     return list(dict.fromkeys(key.replace("{e}", str(number)) for key in found for number in local))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .cuts import Config
 from .layouts import Chunk, Grid, layers, unrolled
-from .rows import LAYERS, is_hybrid
+from .rows import IMAGES, LAYERS, is_hybrid, language
 from .weights import Weight, heads
 
 
@@ -31,6 +31,7 @@ class Stages:
     @classmethod
     def of(cls, config: Config, grid: Grid) -> Stages:
         """Raises Refused where the layers of `config` do not fit the stages of `grid`."""
+        config = language(config)
         held = layers(grid, config.num_layers)
         first, last = (0, 0), (grid.pipeline - 1, grid.virtual - 1)
         ending = next(chunk for chunk, numbers in held.items() if config.num_layers - 1 in numbers)
@@ -42,6 +43,7 @@ class Stages:
             "embedding": (first, further) if predicts and further != first else (first,),
             "norm": (ending,) if predicts and not is_hybrid(config) else (last,),
             "output": (last,),
+            IMAGES: (first,),
         }
         return cls(held, further, places)
 
@@ -50,6 +52,8 @@ class Stages:
         layer = weight.layer or 0
         if weight.row.stack in LAYERS:
             return [(chunk, numbers.index(layer)) for chunk, numbers in self.held.items() if layer in numbers]
+        if weight.row.stack == IMAGES:
+            return [(chunk, layer) for chunk in self.places[IMAGES]]
         if weight.row.stack:
             return [(self.heads, layer)]
         return [(chunk, 0) for chunk in self.places[weight.row.stage]]

@@ -17,7 +17,7 @@ from .cuts import Config, deinterleaved, gates
 from .errors import Problems, refuse
 from .layouts import Chunk, Grid, layers
 from .recognition import Found, foreign, ignored, recognise
-from .rows import Row
+from .rows import IMAGES, PROJECTION, VISION, Row, language
 from .tiles import Tiled, join, replaced, unstack
 from .weights import depth, heads
 
@@ -54,23 +54,25 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, args: Args, ranks: Grid) -> Source:
-        experts = config.num_experts or 0
+        experts = language(config).num_experts or 0
         if experts % ranks.expert:
             raise refuse(f"{experts} experts do not divide over {ranks.expert} expert-parallel ranks", "args")
-        return cls(config, args, ranks, layers(ranks, config.num_layers))
+        return cls(config, args, ranks, layers(ranks, language(config).num_layers))
 
     @property
     def local_experts(self) -> int:
         """Experts that a rank holds."""
-        return (self.config.num_experts or 0) // self.ranks.expert
+        return (language(self.config).num_experts or 0) // self.ranks.expert
 
     def tensor_ranks(self, row: Row) -> int:
         """Ranks that share out the matrices of `row`."""
+        if row.part in (VISION, PROJECTION):
+            return self.ranks.encoder or self.ranks.tensor
         return self.ranks.expert_tensor if row.experts else self.ranks.tensor
 
     def turns(self, row: Row) -> int | None:
         """Rows of gate before as many of up, and so on by turns; None where gate and up lie one after the other."""
-        if not row.interleave or gates(self.config) == 1:
+        if not row.interleave or gates(row.of(self.config)) == 1:
             return None
         size, switch = map(self.args.get, row.interleave.split())
         return size if switch else None
@@ -110,6 +112,10 @@ def place(
     rank = 0
     if holding.rank:
         chunk, rank = (holding.rank.pipeline, holding.chunk), holding.rank.tensor
+    if chunk != (0, 0) and found[0].row.part in (VISION, PROJECTION):
+        what = f"an image encoder, or its projection, on pipeline stage {chunk[0]}"
+        problems.add(what, where, "Megatron's LLaVA has them on the first alone: are these files of one run?")
+        return
     try:
         for choice, layer, array in read(holding, key, found, source):
             row = choice.row
@@ -128,8 +134,8 @@ def read(
     """Each weight in `key`: the row it is, its global layer, its array as stored."""
     if found[0].stacked:
         stacked, (count, *_) = holding.read(key), holding.shapes[key][0]
-        if count != source.config.num_layers:
-            raise ValueError(f"{count} layers are stacked, the args say {source.config.num_layers}")
+        if count != (wanted := found[0].row.of(source.config).num_layers):
+            raise ValueError(f"{count} layers are stacked, the args say {wanted}")
         for layer, array in enumerate(unstack(stacked)):
             for choice in chosen(found, source.config, layer):
                 yield choice, layer, array
@@ -149,6 +155,8 @@ def global_layer(holding: Holding, found: Found, source: Source) -> int | None:
     """The layer's number in the whole model."""
     if found.layer is None:
         return None
+    if found.row.stack == IMAGES:
+        return found.layer
     if found.row.stack == "mtp":  # all in one chunk
         if found.layer >= (count := depth("mtp", source.config)):
             raise ValueError(f"head {found.layer} for further tokens, the args say {count}")
@@ -158,7 +166,7 @@ def global_layer(holding: Holding, found: Found, source: Source) -> int | None:
             raise ValueError(f"layer {found.layer} of head {found.head} for further tokens, which the args do not have")
         return found.layer
     chunk = (holding.rank.pipeline, holding.chunk) if holding.rank else None
-    mine = range(source.config.num_layers) if chunk is None else source.held[chunk]
+    mine = range(language(source.config).num_layers) if chunk is None else source.held[chunk]
     if found.layer >= len(mine):
         raise ValueError(f"layer {found.layer} of a stage that the args give {len(mine)} layers")
     return mine[found.layer]
@@ -167,12 +175,12 @@ def global_layer(holding: Holding, found: Found, source: Source) -> int | None:
 def own_form(found: Found, array: Tiled, holding: Holding, source: Source) -> tuple[int, Tiled]:
     """A stored array in its weight's own form, and the first expert it holds (0: no experts)."""
     if not found.row.experts:
-        return 0, found.spelling.pack.read(array, source.config, 0)
-    total = source.config.num_experts or 0
+        return 0, found.spelling.pack.read(array, found.row.of(source.config), 0)
+    total = language(source.config).num_experts or 0
     here, first = source.local_experts if holding.rank else total, 0
     if holding.rank:
         first = holding.rank.expert * here
-    run = found.spelling.pack.read(array, source.config, here)
+    run = found.spelling.pack.read(array, found.row.of(source.config), here)
     number = found.expert or 0
     if number + run.shape[0] > here:
         what = f"{run.shape[0]} experts" if found.expert is None else f"expert {number}"
@@ -195,18 +203,18 @@ def merged(
 ) -> tuple[str, Tiled]:
     """A cut weight over its ranks; `turn` picks among several files that hold the same rank."""
     chosen = [[part[rank][min(turn, len(part[rank]) - 1)] for rank in sorted(part)] for part in parts]
-    where, dim = chosen[0][0][0], row.cut.dim or 0
+    where, dim, config = chosen[0][0][0], row.cut.dim or 0, row.of(source.config)
     ranks = [join(list(blocks), dim) for blocks in zip(*([array for _, array in part] for part in chosen), strict=True)]
-    check_blocks(parts, row.cut.blocks(source.config), dim)
+    check_blocks(parts, row.cut.blocks(config), dim)
     whole = replaced(ranks[0].shape, dim, sum(rank.shape[dim] for rank in ranks))
-    if len(row.cut.blocks(source.config)) > 2:  # blocks of sizes that the args say: those first
+    if len(row.cut.blocks(config)) > 2:  # blocks of sizes that the args say: those first
         check_shape(row, whole, shape, source.config)
     size = source.turns(row)
     if size is None:
-        return where, ranks[0] if len(ranks) == 1 else row.cut.merge(ranks, source.config)
+        return where, ranks[0] if len(ranks) == 1 else row.cut.merge(ranks, config)
     if not stored.sharded:  # as the ranks that wrote it saw it: each had its own gates and ups by turns
-        ranks = row.cut.split(ranks[0], source.config, source.tensor_ranks(row))
-    return where, row.cut.merge([deinterleaved(rank, dim, size) for rank in ranks], source.config)
+        ranks = row.cut.split(ranks[0], config, source.tensor_ranks(row))
+    return where, row.cut.merge([deinterleaved(rank, dim, size) for rank in ranks], config)
 
 
 def check_shape(
@@ -214,7 +222,7 @@ def check_shape(
 ) -> None:
     """Raises ValueError where a whole weight is not of the shape that the args, or whoever, `say`."""
     if stored != wanted:
-        blocks, letters = row.cut.blocks(config), row.shape.replace(" ", " x ")
+        blocks, letters = row.cut.blocks(row.of(config)), row.shape.replace(" ", " x ")
         made = f", {' + '.join(map(str, blocks))} of them" if len(blocks) > 2 else ""
         raise ValueError(f"stored {list(stored)}, {say} {list(wanted)} ({letters}{made})")
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, lcm
 
-from .cuts import Config
+from .cuts import Config, padded_heads
 from .errors import Problems, Refused, refuse
 from .layouts import Grid, stage_count, unrolled
-from .rows import CONDITIONS, DISTRIBUTED, LOCAL, MAPPED, is_hybrid
+from .rows import CONDITIONS, DISTRIBUTED, ENGINE, LOCAL, MAPPED, is_hybrid, is_llava, language
 from .stages import Stages
 from .weights import heads, weights
 
@@ -70,7 +70,7 @@ class Target:
             format=format,
             engine=engine,
             experts=experts or (EXPERTS[0] if engine else "sequential"),
-            vocabulary=ceil(config.vocab_size / (divisible_by * tp)) * divisible_by * tp,
+            vocabulary=ceil(language(config).vocab_size / (divisible_by * tp)) * divisible_by * tp,
             divisible_by=divisible_by,
         )
         check(made, config)
@@ -83,10 +83,11 @@ class Target:
         in the GPT's spec of plain attention (`sharded_state_dict_keys_map`).
         """
         if self.format == "torch":
-            return () if self.engine else (LOCAL,)
+            return (ENGINE if self.engine else LOCAL,)
         if self.engine:
-            return (DISTRIBUTED,)
-        return (LOCAL if is_hybrid(config) or config.multi_latent_attention else MAPPED, DISTRIBUTED)
+            return (ENGINE, DISTRIBUTED)
+        unmapped = is_llava(config) or is_hybrid(config) or config.multi_latent_attention
+        return (LOCAL if unmapped else MAPPED, DISTRIBUTED)
 
     @property
     def stage_size(self) -> int:
@@ -120,15 +121,15 @@ def stage_letters(config: Config, layout: str) -> str:
 
 def check(target: Target, config: Config) -> None:
     """Refuses what Megatron would not load, with every reason."""
-    found = Problems()
+    found, text = Problems(), language(config)
     for name, choice, known in (("format", target.format, FORMATS), ("experts", target.experts, EXPERTS)):
         if choice not in known:
             found.add(f"{name} is {choice!r:.40}, not one of {', '.join(known)}", WHERE)
     for where, what, count, ranks, among in uneven(target, config):
         found.add(f"{count} {what} do not divide over {ranks} {among} ranks", where, OTHER_SIZES)
-    for reason in (*attention(target, config), *experts(target, config), *copied(target, config)):
+    for reason in (*attention(target, text), *experts(target, text), *copied(target, text), *images(target, config)):
         found.add(reason, WHERE)
-    for reason in (*stages(target.grid, config), *written_out(target.grid, config)):
+    for reason in (*stages(target.grid, text), *written_out(target.grid, text)):
         found.add(reason, WHERE, OTHER_STAGES)
     try:
         Stages.of(config, target.grid)
@@ -146,6 +147,10 @@ def has(condition: str, config: Config) -> bool:
 def shared_out(target: Target, config: Config) -> Iterator[tuple[str, int, int, str]]:
     """What ranks get whole: (name, count, ranks, kind of ranks)."""
     grid = target.grid
+    if is_llava(config):
+        heads = padded_heads(config.vision_config, grid.tensor)
+        yield "heads of the image encoder", heads, grid.tensor, "tensor-parallel"
+    config = language(config)
     if has("attention", config):
         yield "attention heads", config.num_attention_heads, grid.tensor, "tensor-parallel"
     if has("mixer", config):
@@ -168,12 +173,12 @@ def cut(target: Target, config: Config) -> Iterator[tuple[str, int, int, str]]:
     """The rows or columns of every weight that ranks cut, block by block, each kind of weight once."""
     seen = {weight.row: weight for weight in weights(config)}
     for row, weight in seen.items():
-        if row.cut.dim is None or row.cut.padded or (row.cut.by_version and target.engine):
+        if row.cut.dim is None or row.cut.padded or row.cut.heads or (row.cut.by_version and target.engine):
             continue
         ranks, among = target.grid.tensor, "tensor-parallel"
         if row.experts:
             ranks, among = target.grid.expert_tensor, "expert-tensor-parallel"
-        blocks = row.cut.blocks(config)
+        blocks = row.cut.blocks(row.of(config))
         name = row.name.replace("{l}", "*").replace("{k}", "*")
         for block in dict.fromkeys(blocks):
             size = weight.shape[row.cut.dim] * block // sum(blocks)
@@ -188,6 +193,23 @@ def attention(target: Target, config: Config) -> Iterator[str]:
         yield "layernorm_zero_centered_gamma is Transformer Engine's alone: Megatron's own layers do not have it"
     if has("mixer 1", config) and target.format == "torch_dist":
         yield "Mamba-1 mixers have no torch_dist form: the Megatrons that had them wrote --ckpt-format torch"
+
+
+def images(target: Target, config: Config) -> Iterator[str]:
+    """Of a LLaVA, what Megatron's modules and the script that builds them cannot do."""
+    if not is_llava(config):
+        return
+    grid, text = target.grid, language(config)
+    if grid.layout or grid.virtual > 1 or (grid.first, grid.last) != (None, None):
+        yield "Megatron would build the image encoder by the text's stages: they can only be equal, and one a rank"
+    if not target.engine and (text.num_experts or is_hybrid(text)):
+        yield "Megatron's script builds experts and hybrids in LLaVA of Transformer Engine's layers alone: --use-te"
+    if config.vision_projection_type != "affine":
+        return
+    if config.projection_add_bias_linear and target.grid.tensor > 1:
+        yield "an affine projection's bias cannot be cut: Megatron adds a rank's share to what is of all ranks; TP is 1"
+    if target.engine:
+        yield "an affine projection is of Megatron's own layers: Transformer Engine's do not gather what they put out"
 
 
 def experts(target: Target, config: Config) -> Iterator[str]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import llava
+from .architectures import fields
 from .checkpoint import open_checkpoint
 from .checkpoint.mapped import Files
 from .checkpoint.safetensors import Written, stored
@@ -18,12 +20,13 @@ from .errors import Problem, Problems, Refused, refuse
 from .execute import Checks, Ledger, run, settle
 from .export import plan_for
 from .families import FAMILIES
+from .families.llava import IMAGE_TOKENS
 from .families.sameness import differences
 from .jsonfile import read_json
 from .lowering import lower
 from .plan import Copy
 from .reading import pread
-from .rows import is_bert
+from .rows import is_bert, is_llava, language
 from .writing import Progress
 
 THERE = " of the target"
@@ -51,19 +54,22 @@ def verify(source: str | Path, target: str | Path, *, progress: Progress = lambd
     if is_checkpoint(folder):
         return verify_checkpoint(source, target, progress)
     config, weights = read_config(folder), stored(folder, Files())
-    plan, problems = plan_for(source, true_vocab_size=config["vocab_size"]), Problems()
+    plan, problems = plan_for(source, true_vocab_size=vocabulary(config)), Problems()
     copies = plan.copies
     if config.get("model_type") in FAMILIES:
+        if is_llava(plan.config) and plan.config.image_token_id == llava.UNKNOWN_IMAGE_TOKEN:  # told by a tokenizer
+            plan.config.image_token_id = next((config[key] for key in IMAGE_TOKENS if key in config), 0)
         theirs, copies, _ = lower(plan, config["model_type"])
         chosen = plan.special  # a tokenizer given to `convert` has its own
         others = {name: value for name, value in theirs.items() if name not in chosen and config.get(name) != value}
     else:
-        others = {name: value for name, value in vars(plan.config).items() if config.get(name, value) != value}
+        others = other_fields(fields(plan.config), config)
     pairs = [pair(copy, weights, problems) for copy in copies]
     for name in sorted(set(weights) - {copy.name for copy in copies}):
         problems.add("weights that the source does not have", name)
     for name, value in others.items():
-        problems.add(f"config.json says {name} {config.get(name)!r}, the source {value!r}", folder / "config.json")
+        said = at(config, name)
+        problems.add(f"config.json says {name} {said!r}, the source {value!r}", folder / "config.json")
     problems.raise_if_any()
     return compare([p for p in pairs if p is not None], plan.checkpoint.files, folder, progress)
 
@@ -72,7 +78,10 @@ def verify_checkpoint(source: str | Path, target: str | Path, progress: Progress
     """The weights of a Megatron checkpoint against those of the source, both whole and in their own form."""
     theirs, problems = plan_for(target), Problems()
     mine = plan_for(source, true_vocab_size=theirs.config.vocab_size)
-    for name, ours, other in differences(mine.config, theirs.config):
+    unlike = [*differences(language(mine.config), language(theirs.config))]
+    if is_llava(mine.config) and is_llava(theirs.config):
+        unlike += [(name, value, other) for name, value, other in llava.lost(theirs.config, mine.config)]
+    for name, ours, other in unlike:
         problems.add(f"the target's args say {name} {other!r}, the source {ours!r}", target)
     found = {copy.name: copy for copy in theirs.copies}
     copies = []
@@ -107,9 +116,33 @@ def differing(problem: Problem) -> Problem:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of a folder that `convert` wrote."""
     config = read_json(folder / "config.json")
-    if type(config.get("vocab_size")) is not int:
+    if type(vocabulary(config)) is not int:
         raise refuse("not the config of a converted folder: there is no vocab_size", folder / "config.json")
     return config
+
+
+def vocabulary(config: Mapping[str, Any]) -> Any:
+    """The size that a config.json has, or a LLaVA's has for its language model."""
+    text = config.get("text_config")
+    return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+
+
+def other_fields(mine: Mapping[str, Any], theirs: Mapping[str, Any], of: str = "") -> dict[str, Any]:
+    """What a config.json says otherwise, in its parts as well; but for what a tokenizer told it."""
+    found: dict[str, Any] = {}
+    for name, value in mine.items():
+        there = theirs.get(name, value)
+        if isinstance(value, dict) and isinstance(there, dict):
+            found |= other_fields(value, there, f"{name}.")
+        elif there != value and name not in llava.FROM_TOKENIZER:
+            found[of + name] = value
+    return found
+
+
+def at(config: Mapping[str, Any], name: str) -> Any:
+    """The field `name` of a config, or of a part of it: `vision_config.img_h`."""
+    part, _, field = name.rpartition(".")
+    return (config[part] if part else config).get(field)
 
 
 def pair(copy: Copy, weights: Mapping[str, Written], problems: Problems) -> tuple[Copy, Written] | None:
@@ -172,20 +205,28 @@ def verify_logits(source: str | Path, folder: str | Path) -> float:
 
     from .architectures import load_class
     from .judge import bert
+    from .judge import llava as images
     from .judge.bench import Bench, world
     from .judge.namespace import recovered
 
     checkpoint, config = open_checkpoint(source), read_config(Path(folder))
-    marks = marked(checkpoint.args, shapes_of(checkpoint))
+    marks, size = marked(checkpoint.args, shapes_of(checkpoint)), vocabulary(config)
     arguments = {**recovered(marks), "data_parallel_size": 1}  # as few processes as the files need
-    tokens = torch.randint(config["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
-    with Bench(world(arguments) if checkpoint.format == "torch" else 1) as bench:
-        theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy())[
-            ..., : config["vocab_size"]
-        ]
+    tokens = torch.randint(size, (2, 16), generator=torch.Generator().manual_seed(0))
+    whole = checkpoint.format != "torch"
+    if llava.is_marked(marks):
+        told = {name: config[name] for name in llava.FROM_TOKENIZER if name in config}
+        settings = {**vars(plan_for(source, true_vocab_size=size).config), **told}
+        arguments, tokens = images.asked(arguments, SimpleNamespace(**settings))
+        whole = whole and not images.has_dummy_heads(arguments)
+    with Bench(1 if whole else world(arguments)) as bench:
+        theirs = bench.logits(arguments, checkpoint.path, checkpoint.format, tokens.numpy(), not whole)[..., :size]
     model = load_class(SimpleNamespace(**config)).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        ours = bert.ours(model, tokens) if is_bert(model.config) else model(tokens).logits
+        if llava.is_marked(marks):
+            ours = images.ours(model, SimpleNamespace(**arguments), tokens)
+        else:
+            ours = bert.ours(model, tokens) if is_bert(model.config) else model(tokens).logits
     difference = float(abs(ours.numpy() - theirs).max())
     if not difference <= TOLERANCE:
         raise refuse(f"fp32 logits differ from megatron-core's by {difference:.2e}, more than {TOLERANCE:g}", folder)

@@ -8,6 +8,7 @@ experts are fused, `[experts, out, in]`. The order of the rows is the order of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,8 +20,11 @@ from .cuts import (
     FC1,
     FUSED_KV,
     FUSED_Q,
+    HEAD_COLUMNS,
+    HEAD_ROWS,
     IN_PROJ,
     LATENT,
+    PROJECTION_FC1,
     ROW,
     VOCAB,
     WEIGHT1,
@@ -28,7 +32,27 @@ from .cuts import (
     WHOLE,
     Config,
 )
-from .rows import LAYERS, MAPPED, Row, Spelling, blocks, components, experts, is_bert, is_hybrid, keys, local, stacked
+from .rows import (
+    ENGINE,
+    IMAGES,
+    LANGUAGE,
+    LAYERS,
+    MAPPED,
+    PROJECTION,
+    VISION,
+    Row,
+    Spelling,
+    blocks,
+    components,
+    experts,
+    inside,
+    is_bert,
+    is_hybrid,
+    is_llava,
+    keys,
+    local,
+    stacked,
+)
 
 WORDS = "embedding.word_embeddings.weight"
 AT = "self_attention"
@@ -177,8 +201,83 @@ TABLE = (
     *BERT_HEADS,
 )
 
+ENCODER_LAYER = (  # of images; Megatron joins norms with the matrices after them, in some layers not or not always
+    Row(f"{QKV}.layer_norm_weight", "h", WHOLE, "joined norms", local("input_layernorm.weight"),
+        f"{QKV}_layernorm.weight"),
+    Row(f"{QKV}.layer_norm_bias", "h", WHOLE, "joined norms, LayerNorm", local("input_layernorm.bias"),
+        f"{QKV}_layernorm.bias"),
+    *(Row(f"{norm}.{kind}", "h", WHOLE, f"plain norms, {layer}{also}", joined)
+      for norm, matrix in (("input_layernorm", QKV), ("pre_mlp_layernorm", UP))
+      for kind, also in (("weight", ""), ("bias", ", LayerNorm"))
+      for layer, joined in (("convolution", ()), ("patch matrix", keys(f"{matrix}.layer_norm_{kind}", spec=ENGINE)))),
+    Row(f"{PROJ}.weight", "h nd", HEAD_COLUMNS),
+    Row(f"{PROJ}.bias", "h", WHOLE, "add_bias_linear"),
+    Row(f"{QKV}.weight", "3nd h", HEAD_ROWS),
+    Row(f"{QKV}.bias", "3nd", HEAD_ROWS, "heads' bias"),
+    Row(f"{AT}.q_layernorm.weight", "nd", HEAD_ROWS, "qk norms"),
+    Row(f"{AT}.k_layernorm.weight", "nd", HEAD_ROWS, "qk norms"),
+    Row(f"{UP}.layer_norm_weight", "h", WHOLE, "joined norms", local("pre_mlp_layernorm.weight"),
+        f"{UP}_layernorm.weight"),
+    Row(f"{UP}.layer_norm_bias", "h", WHOLE, "joined norms, LayerNorm", local("pre_mlp_layernorm.bias"),
+        f"{UP}_layernorm.bias"),
+    Row(f"{UP}.weight", "fc1 h", FC1),
+    Row(f"{UP}.bias", "fc1", FC1, "add_bias_linear"),
+    Row(f"{DOWN}.weight", "h f", ROW),
+    Row(f"{DOWN}.bias", "h", WHOLE, "add_bias_linear"),
+    Row("ls1", "h", WHOLE, "plain norms"),
+    Row("ls2", "h", WHOLE, "plain norms"),
+)  # fmt: skip
+
+ENCODER = (
+    Row("class_token", "1 c h", WHOLE, "convolution, class tokens", stage=IMAGES),
+    Row("class_token", "c h", WHOLE, "patch matrix, class tokens", stage=IMAGES),
+    Row("mask_token", "1 h", WHOLE, "mask token", stage=IMAGES),
+    Row("position_embeddings.weight", "c+n h", WHOLE, "convolution", stage=IMAGES),
+    Row("position_embeddings", "1 N h", WHOLE, "patch matrix", stage=IMAGES),
+    Row("conv1.weight", "h 3 p p", WHOLE, "convolution", stage=IMAGES),
+    Row("conv1.bias", "h", WHOLE, "convolution, patch bias", stage=IMAGES),
+    Row("embedder.weight", "h 3pp", COLUMN, "patch matrix", stage=IMAGES),
+    Row("embedder.bias", "h", COLUMN, "patch matrix, patch bias", stage=IMAGES),
+    Row("ln_pre.weight", "h", WHOLE, "norm before", stage=IMAGES),
+    Row("ln_pre.bias", "h", WHOLE, "norm before, LayerNorm", stage=IMAGES),
+    Row("ln_post.weight", "h", WHOLE, "norm after", stage=IMAGES),
+    Row("ln_post.bias", "h", WHOLE, "norm after, LayerNorm", stage=IMAGES),
+    *stacked(ENCODER_LAYER, IMAGES, "decoder.layers.{l}."),
+)
+
+PROJECTOR = (
+    Row("encoder.linear_fc1.layer_norm_weight", "hi", WHOLE, "mlp, projection norm",
+        (), "encoder.linear_fc1_layernorm.weight", stage=IMAGES),
+    Row("encoder.linear_fc1.layer_norm_bias", "hi", WHOLE, "mlp, projection LayerNorm",
+        (), "encoder.linear_fc1_layernorm.bias", stage=IMAGES),
+    Row("encoder.linear_fc1.weight", "fp1 hi", PROJECTION_FC1, "mlp", stage=IMAGES),
+    Row("encoder.linear_fc1.bias", "fp1", PROJECTION_FC1, "mlp, projection bias", stage=IMAGES),
+    Row("encoder.linear_fc2.weight", "ht fp", ROW, "mlp", stage=IMAGES),
+    Row("encoder.linear_fc2.bias", "ht", WHOLE, "mlp, projection bias", stage=IMAGES),
+    Row("encoder.weight", "ht hi", COLUMN, "affine", stage=IMAGES),
+    Row("encoder.bias", "ht", COLUMN, "affine, projection bias", stage=IMAGES),
+)  # fmt: skip
+
+OUTPUT = "output_layer.weight"
 # What a model that predicts tokens has beside its base model.
-HEAD = ("output_layer.weight", *(row.name for row in BERT_HEADS))
+HEAD = (OUTPUT, *(row.name for row in BERT_HEADS), f"{LANGUAGE}.{OUTPUT}")
+
+BERTS = {"BERT", "token types", "binary head"}
+LANGUAGE_MODEL = inside(
+    tuple(row for row in TABLE if row.stack in ("", "decoder") and not BERTS.intersection(row.when.split(", "))),
+    LANGUAGE,
+)
+# A LLaVA: a GPT or a hybrid, beside what makes tokens of images.
+LLAVA = (
+    *inside(ENCODER, VISION),
+    *inside(PROJECTOR, PROJECTION),
+    *(replace(row, parameter=OUTPUT) if row.name in HEAD else row for row in LANGUAGE_MODEL),
+)
+
+
+def table_of(config: Config) -> tuple[Row, ...]:
+    """The rows of which a model of `config` can have weights."""
+    return LLAVA if is_llava(config) else TABLE
 
 
 def heads(config: Config) -> int:
@@ -188,14 +287,14 @@ def heads(config: Config) -> int:
 
 
 def depth(stack: str, config: Config) -> int:
-    """Layers of a stack, or of each of its heads."""
+    """Layers of a stack, or of each of its heads; `config` is that of the part it is in."""
     if stack == "heads":
         return len(config.mtp_layer_pattern or "") if is_hybrid(config) else 0
     if stack == "mtp":
         return heads(config)
     if stack in LAYERS:
         return config.num_layers if (stack == "encoder") == is_bert(config) else 0
-    return 1
+    return config.num_layers if stack == IMAGES else 1
 
 
 class Weight(NamedTuple):
@@ -209,12 +308,13 @@ class Weight(NamedTuple):
     head: int = 0  # of a hybrid's heads for further tokens
 
 
-def weights(config: Config, table: Sequence[Row] = TABLE) -> Iterator[Weight]:
-    """Every weight of the model that `config` describes, in the order of its modules."""
-    for stack, group in groupby(table, key=lambda row: row.stack):
+def weights(config: Config, table: Sequence[Row] = ()) -> Iterator[Weight]:
+    """Every weight of the model that `config` describes, in the order of its modules; or what else a table is of."""
+    for (_, stack), group in groupby(table or table_of(config), key=lambda row: (row.part, row.stack)):
         rows = list(group)
-        for head in range(heads(config) if stack == "heads" else 1):
-            for layer in range(depth(stack, config)):
+        own = rows[0].of(config)
+        for head in range(heads(own) if stack == "heads" else 1):
+            for layer in range(depth(stack, own)):
                 numbers = {"l": layer, "k": head}
                 for row in rows:
                     if row.exists(config, layer):

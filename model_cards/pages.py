@@ -12,12 +12,12 @@ from pathlib import Path
 
 from megahf.architectures import AUTO_MAPS
 from megahf.cuts import WHOLE
-from megahf.rows import Row
-from megahf.weights import TABLE
+from megahf.rows import LANGUAGE, Row
+from megahf.weights import LLAVA, TABLE
 
 HERE = Path(__file__).parent
 # Model type -> the condition that holds for all of its models.
-KINDS = {"mcore_gpt": "GPT", "mcore_hybrid": "hybrid", "mcore_bert": "BERT"}
+KINDS = {"mcore_gpt": "GPT", "mcore_hybrid": "hybrid", "mcore_bert": "BERT", "mcore_llava": "LLaVA"}
 # The stacks they can have, and conditions that hold for none of them.
 STACKS = {"GPT": {"decoder", "mtp"}, "hybrid": {"decoder", "mtp", "heads"}, "BERT": {"encoder"}}
 BERTS = {"BERT", "binary head", "token types"}
@@ -34,7 +34,7 @@ ELSEWHERE = {
 LAYERS = "decoder.layers.{l}."
 PLACES = (
     "mtp.layers.{k}.mtp_model_layer.layers.{l}.", "mtp.layers.{l}.transformer_layer.", "mtp.layers.{l}.", LAYERS,
-    "encoder.layers.{l}.",
+    "encoder.layers.{l}.", "vision_model.decoder.layers.{l}.", "vision_model.", "vision_projection.",
 )  # fmt: skip
 AGAIN = {
     "mtp.layers.{l}.transformer_layer.": "as the last layer of the decoder has them",
@@ -84,6 +84,19 @@ LETTERS: dict[str, tuple[str, str]] = {
     "mN": ("mamba_state_dim", ""),
     "mr": ("mamba_dt_rank", ""),
     "mrBC": ("mamba_dt_rank + 2 * mamba_state_dim", "dt, B, C"),
+    # of the vision_config's
+    "3": ("3", ""),
+    "p": ("patch_dim", ""),
+    "3pp": ("3 * patch_dim**2", "for each colour the rows of a patch"),
+    "c": ("class_token_len", ""),
+    "c+n": ("class_token_len + (img_h // patch_dim) * (img_w // patch_dim)", ""),
+    "N": ("(max_img_h // patch_dim) * (max_img_w // patch_dim)", ""),
+    "3nd": ("3 * num_attention_heads * kv_channels", "for each head its query, its key, its value"),
+    # of a LLaVA's own
+    "hi": ("vision_config.hidden_size * (4 if pixel_shuffle else 1)", ""),
+    "ht": ("text_config.hidden_size", ""),
+    "fp": ("projection_ffn_hidden_size", ""),
+    "fp1": ("projection_ffn_hidden_size * (1 + projection_gated_linear_unit)", "gate, up"),
 }
 CONDITIONS: dict[str, str] = {
     "always": "",
@@ -113,11 +126,31 @@ CONDITIONS: dict[str, str] = {
     "shared experts": "`moe_shared_expert_intermediate_size` is given",
     "shared gate": "`moe_shared_expert_gate`",
     "latent experts": "`moe_latent_size` is given",
+    "convolution": "the encoder is clip, siglip, internvit or internvit300M",
+    "patch matrix": "the encoder is radio, radio-g or cradio-g",
+    "patch bias": "the encoder is siglip, internvit, internvit300M or radio-g",
+    "class tokens": "`class_token_len` is above 0",
+    "heads' bias": "`add_qkv_bias`",
+    "mask token": "the encoder is radio-g",
+    "norm before": "the encoder is clip",
+    "norm after": "the encoder is siglip or radio-g",
+    "joined norms": "the encoder is clip, siglip, radio or cradio-g",
+    "plain norms": "the encoder is internvit, internvit300M or radio-g",
+    "mlp": "`vision_projection_type` is `mlp`",
+    "affine": "`vision_projection_type` is `affine`",
+    "projection bias": "`projection_add_bias_linear`",
+    "projection norm": "`projection_normalization` is given",
+    "projection LayerNorm": "`projection_normalization` is `LayerNorm`",
 }
 
 
 def rows_of(kind: str) -> list[Row]:
-    """The rows that models of a kind can have; conditions that always hold there are left out."""
+    """The rows that models of a kind can have; conditions that always hold there are left out.
+
+    Those of a LLaVA's language model are on the pages of GPTs and hybrids.
+    """
+    if kind == "LLaVA":
+        return [row for row in LLAVA if row.part != LANGUAGE]
     found = []
     for row in TABLE:
         conditions = row.when.split(", ")
@@ -173,6 +206,7 @@ def cut(row: Row) -> str:
         ranks = f"axis {row.cut.dim} over {'ETP' if row.experts else 'TP'}"
         blocks = ", block by block" if row.cut.blocks is not WHOLE.blocks else ""
         version = ", or whole, by Megatron's version" if row.cut.by_version else ""
+        version += ", by heads" if row.cut.heads else ""
         parts.append(ranks + blocks + version + (", padded" if row.cut.padded else ""))
     return "; ".join(parts) or "whole on every rank"
 
@@ -180,7 +214,9 @@ def cut(row: Row) -> str:
 def letters(kind: str) -> str:
     """What the letters of these shapes mean."""
     used = dict.fromkeys(letter for row in rows_of(kind) for letter in row.shape.split())
-    lines = [f"| `{letter}` | `{LETTERS[letter][0]}` | {LETTERS[letter][1]} |" for letter in used if letter not in "12"]
+    lines = [
+        f"| `{letter}` | `{LETTERS[letter][0]}` | {LETTERS[letter][1]} |" for letter in used if letter not in "123"
+    ]
     return "\n".join(["| letter | in fields of the config | blocks, in this order |", "|---|---|---|", *lines])
 
 

@@ -350,7 +350,9 @@ ROWS: dict[str, Bad] = {
     ),
     # models to come
     "LLaVA": Bad(
-        add("mp_rank_00_000", vision_model__conv1__weight=torch.ones(8)), (f"these weights belong to LLaVA, {NOT_YET}",)
+        add("mp_rank_00_000", vision_model__conv1__weight=torch.ones(8)),
+        ("the weights are a LLaVA's, and the args do not say language_model_type", "do not say vision_model_type"),
+        reasons=2,
     ),
     "T5": Bad(
         add("mp_rank_00_000", lm_head__output_layer__bias=torch.ones(8)), (f"these weights belong to T5, {NOT_YET}",)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LLAMA, VARIANTS, tiny, tokens
+from tiny import HYBRIDS, LLAMA, VARIANTS, tiny, tiny_hybrid, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -123,37 +123,101 @@ def test_rows_padded_left_are_as_if_alone(variant: str) -> None:
         torch.testing.assert_close(logits[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_a_mask_with_holes_is_obeyed() -> None:
-    model, ids = tiny(**LLAMA), tokens(2, 16)
-    mask = torch.ones_like(ids)
-    mask[0, 5:8] = 0
-    got = model(ids, attention_mask=mask).logits
-    other = ids.clone()
-    other[0, 5:8] = 1  # what is masked has no say
-    torch.testing.assert_close(got[0, 8:], model(other, attention_mask=mask).logits[0, 8:], atol=1e-5, rtol=1e-5)
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(got[0, 8:], model(ids, attention_mask=mask).logits[0, 8:], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("narrow", [1, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_chunks_after_a_cache_equal_the_whole(variant: str, kind: str) -> None:
-    model, ids = tiny(**VARIANTS[variant]), tokens(2, 21)
-    mask = left([0, 3], 21)
+def test_a_mask_with_holes_is_obeyed(variant: str, narrow: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr("megahf.models.layout.NARROW", narrow)
+    model, ids = tiny(**VARIANTS[variant]), tokens(2, 16)
+    mask = torch.ones_like(ids)
+    mask[0, :2], mask[0, 5:8], mask[1, 14:] = 0, 0, 0
+    kept, positions = mask.bool(), (mask.cumsum(1) - 1).clamp(min=0)
+    got = model(ids, attention_mask=mask, position_ids=positions).logits
+    other = torch.where(kept, ids, 1)  # what is masked has no say
+    again = model(other, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got[kept], again[kept], atol=1e-5, rtol=1e-5)
+    model.set_attn_implementation("eager")
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got[kept], expected[kept], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("few, narrow", [(64, 32), (2, 32), (2, 1)])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["left", "holes", None])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_chunks_after_a_cache_equal_the_whole(
+    variant: str, padding: str | None, kind: str, few: int, narrow: int, monkeypatch: Any
+) -> None:
+    """`few`: with a mask, or without; `narrow`: windows in bands with a mask, or in blocks."""
+    monkeypatch.setattr("megahf.models.layout.FEW", few)
+    monkeypatch.setattr("megahf.models.layout.NARROW", narrow)
+    model, ids = tiny(**VARIANTS[variant]), tokens(3, 21)
+    mask = torch.ones_like(ids) if padding is None else left([0, 3, 11], 21)
+    if padding == "holes":
+        mask[0, 4:6], mask[1, 10:13] = 0, 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=24)
     edges = [0, 9, 16, 17, 18, 21]
     chunks = [
         model(
-            ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache
+            ids[:, start:end],
+            attention_mask=None if padding is None else mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
         ).logits
         for start, end in pairwise(edges)
     ]
     kept = mask.bool()
     torch.testing.assert_close(torch.cat(chunks, dim=1)[kept], whole[kept], atol=2e-5, rtol=1e-5)
+
+
+WITH_ATTENTION = [name for name, variant in HYBRIDS.items() if set("*+") & set(variant["hybrid_layer_pattern"])]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("model", ["llama", "window and sinks", "latents", *(f"hybrid {x}" for x in WITH_ATTENTION)])
+def test_generation_after_long_chunks_says_the_same(model: str, kind: str) -> None:
+    made: Any = tiny(**{**VARIANTS.get(model, {}), "max_position_embeddings": 200})
+    if model.startswith("hybrid "):
+        made = tiny_hybrid(model.removeprefix("hybrid "), max_position_embeddings=200)
+    inputs = {"input_ids": tokens(3, 170), "attention_mask": left([0, 20, 100], 170)}
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
+    whole = made.generate(**inputs, **greedy, disable_compile=True)
+    assert torch.equal(made.generate(**inputs, **greedy, disable_compile=True, prefill_chunk_size=70), whole)
+
+
+def test_gradients_through_a_chunk_equal_eager(monkeypatch: Any) -> None:
+    monkeypatch.setattr("megahf.models.layout.FEW", 2)
+    monkeypatch.setattr("megahf.models.layout.NARROW", 1)
+    ids, mask, gradients = tokens(2, 18), left([0, 5], 18), []
+    for implementation in ("sdpa", "eager"):
+        model, cache = tiny(**VARIANTS["window and sinks"]), DynamicCache()
+        model.set_attn_implementation(implementation)
+        model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+        loss = model(ids[:, 9:], attention_mask=mask, past_key_values=cache, labels=ids[:, 9:]).loss
+        loss.backward()  # through the keys and values of the first nine tokens too
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["llama", "window and sinks"])
+def test_dropout_in_a_chunk_still_sees_no_further(variant: str, monkeypatch: Any) -> None:
+    """Fused blocks drop nothing: bands with masks do then, and what they see is the same."""
+    monkeypatch.setattr("megahf.models.layout.FEW", 2)
+    monkeypatch.setattr("megahf.models.layout.BAND", 4)
+    model, ids, mask = tiny(**VARIANTS[variant]), tokens(2, 18), left([0, 5], 18)
+    outs = []
+    for dropout in (0.0, 1e-12):
+        for module in model.modules():
+            if hasattr(module, "dropout") and hasattr(module, "sliding_window"):
+                module.dropout, module.training = dropout, True
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+        outs.append(model(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_through_moved_rows_equal_eager() -> None:

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from megahf.plan import runtime
 from megahf.recognition import Found, foreign, ignored, recognise, spellings
-from megahf.rows import Row
+from megahf.rows import IMAGES, Row
 from megahf.tiles import Tiled, join
-from megahf.weights import TABLE, weights
+from megahf.weights import LLAVA, TABLE, weights
+
+ROWS = (*TABLE, *LLAVA)
 
 
 def settings(**changes: Any) -> SimpleNamespace:
@@ -232,18 +234,19 @@ def test_gate_and_up_stored_apart_are_parts_of_one_weight(key: str, part: int) -
     assert (found.row.name, found.spelling.part, found.spelling.parts) == (f"{LAYER}.mlp.linear_fc1.weight", part, 2)
 
 
-@pytest.mark.parametrize("row", TABLE, ids=[f"{row.name}, {row.when}" for row in TABLE])
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.name}, {row.when}" for row in ROWS])
 def test_every_spelling_of_every_row_is_recognised_as_that_row(row: Row) -> None:
     for spelling, prefix in product(row.spellings, ("", "module.", "model.", "model.module.")):
         keys = {spelling.key.format(l=11, e=12, k=13)}
-        if row.stack == "decoder":
+        if row.stack in ("decoder", IMAGES):
             keys.add(spelling.key.replace(".{l}", "").format(e=12))
         for key in keys:
             found = next(one for one in recognise(prefix + key) if one.row is row and one.spelling == spelling)
             assert found.layer == (11 if ".11." in key else None)
             assert found.expert == (12 if "{e}" in spelling.key else None)
-            assert found.stacked == (row.stack == "decoder" and ".11." not in key)
-            matching = {id(other) for ways in spellings().values() for way, other, *_ in ways if way.fullmatch(key)}
+            assert found.stacked == (row.stack in ("decoder", IMAGES) and ".11." not in key)
+            every = spellings(bool(row.part)).values()
+            matching = {id(other) for ways in every for way, other, *_ in ways if way.fullmatch(key)}
             assert {id(one.row) for one in recognise(prefix + key)} == matching
 
 
@@ -333,7 +336,7 @@ def test_what_is_left_out_has_a_reason(key: str) -> None:
     assert recognise(key) == ()
 
 
-@pytest.mark.parametrize("row", TABLE, ids=[f"{row.name}, {row.when}" for row in TABLE])
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.name}, {row.when}" for row in ROWS])
 def test_no_weight_is_left_out_or_taken_for_another_models(row: Row) -> None:
     assert ignored(row.name.format(l=0, k=0)) is None
     assert foreign(row.name.format(l=0, k=0)) is None
@@ -343,8 +346,10 @@ def test_no_weight_is_left_out_or_taken_for_another_models(row: Row) -> None:
     "key, kind",
     [
         ("decoder.layers.0.mlp.router.qb_beta", "quantile balancing of experts"),
-        ("vision_model.conv1.weight", "LLaVA"),
-        ("language_model.decoder.layers.0.mlp.linear_fc1.weight", "LLaVA"),
+        ("vision_model.video_embedder.weight", "an encoder of videos"),
+        ("vision_model.model.layers.0.fc1.weight", "transformers' own models inside Megatron's LLaVA"),
+        ("vision_model.patch_embed.proj.weight", "an image encoder of Megatron's that is not built"),
+        ("sound_model.conv.weight", "a LLaVA that hears"),
         ("decoder.layers.0.cross_attention.linear_q.weight", "T5"),
     ],
 )

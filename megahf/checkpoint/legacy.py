@@ -108,6 +108,9 @@ def placed_ranks(files: list[RankFile]) -> dict[Rank, RankFile]:
     shards = first.size("expert_tensor_parallel_size", tensor) if first.args.get("num_experts") else 1
     refuse_unnamed(first, tensor, shards, expert)
     meant = f"tensor x pipeline x expert = {tensor} x {pipeline} x {expert}"
+    encoders, own = (first.size(f"encoder_{kind}_model_parallel_size", 0) for kind in ("pipeline", "tensor"))
+    pipeline += encoders  # of Megatron 0.9 to 0.13: stages before the others, of tensor ranks of their own
+    meant += f" after {encoders} of an encoder" if encoders else ""
     placed: dict[Rank, RankFile] = {}
     problems = Problems()
     for file in files:
@@ -126,9 +129,9 @@ def placed_ranks(files: list[RankFile]) -> dict[Rank, RankFile]:
             both = f"{placed[rank].where} and {file.where}"
             problems.add("two files are of one rank", both, "remove what is left of another run")
         placed[rank] = file
-    for what, where in strangers(placed, tensor):
+    for what, where in () if encoders else strangers(placed, tensor):
         problems.add(what, where, "put every file back into the directory of its rank")
-    for lacking in missing_ranks(set(placed), Rank(tensor, pipeline, expert), shards):
+    for lacking in missing_ranks(set(placed), Rank(tensor, pipeline, expert), shards, encoders, own or tensor):
         problems.add(f"ranks are missing: the args say {meant}", lacking, MISSING)
     problems.raise_if_any()
     return placed
@@ -154,19 +157,23 @@ def refuse_unnamed(file: RankFile, tensor: int, shards: int, expert: int) -> Non
         raise refuse("--moe-extended-tp cuts experts another way", file.where, "save it with --ckpt-format torch_dist")
 
 
-def missing_ranks(there: set[Rank], sizes: Rank, shards: int) -> Iterator[str]:
+def missing_ranks(
+    there: set[Rank], sizes: Rank, shards: int, encoders: int = 0, encoder_tensor: int = 1
+) -> Iterator[str]:
     """Of each stage Megatron writes every tensor rank and every shard of every expert rank, but not every pair.
 
     Args:
         sizes: how many ranks of each kind there are.
         shards: ranks that share an expert's matrices; they are the tensor ranks counted modulo this.
+        encoders: stages of an encoder, which come first and have no experts; each is of `encoder_tensor` ranks.
     """
     dense = {(rank.tensor, rank.pipeline) for rank in there}
     experts = {(rank.tensor % shards, rank.pipeline, rank.expert) for rank in there}
     for stage in range(sizes.pipeline):
         staged = f", pipeline rank {stage}" if sizes.pipeline > 1 else ""
-        yield from (f"tensor rank {t}{staged}" for t in range(sizes.tensor) if (t, stage) not in dense)
-        for e in range(sizes.expert if sizes.expert > 1 else 0):
+        tensor, expert = (encoder_tensor, 1) if stage < encoders else (sizes.tensor, sizes.expert)
+        yield from (f"tensor rank {t}{staged}" for t in range(tensor) if (t, stage) not in dense)
+        for e in range(expert if expert > 1 else 0):
             lacking = [t for t in range(shards) if (t, stage, e) not in experts]
             if len(lacking) == shards:
                 yield f"expert rank {e}{staged}"

@@ -12,6 +12,7 @@ from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .granite import GRANITE
 from .llama import ARCEE, LLAMA, SEED_OSS
+from .llava import INTERN_VL, LLAVA
 from .mamba import MAMBA, MAMBA2
 from .megatron_bert import MEGATRON_BERT
 from .mistral import MINISTRAL, MISTRAL
@@ -40,7 +41,9 @@ ALL = (
     GPT_OSS,
     GRANITE,
     HELIUM,
+    INTERN_VL,
     LLAMA,
+    LLAVA,
     MAMBA,
     MAMBA2,
     MEGATRON_BERT,

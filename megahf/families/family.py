@@ -82,10 +82,12 @@ class Family:
         pattern: for hybrids, our pattern of layers from their config.
         ignored: stored names that are no weights, as regular expressions, and why.
         seen: sets what the stored names alone tell in our config, and gives what is worth saying of it.
-        once: names under which some versions stored a weight, and its name.
+        once: names that some versions stored weights under, as regular expressions, and what stands there today.
         base: what the names of a causal model's weights begin with, and those of its base model saved alone do not.
         bert: whether it is a BERT, all others being GPTs and hybrids.
         blank: shapes of arrays of zeros that theirs has where a model of ours has nothing, by their names.
+        vision, text: the families of its image encoder and its language model, whose config.json are parts of its own;
+            which language model `composite.py` settles.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Family:
     base: str = ""
     bert: bool = False
     blank: Callable[[Config], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    vision: Family | None = None
+    text: Family | None = None
 
     @property
     def keys(self) -> set[str]:

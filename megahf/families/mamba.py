@@ -19,7 +19,7 @@ EMBEDDINGS = (
     Line("decoder.final_norm.weight", ("backbone.norm_f.weight",), GAMMA),
     Line("output_layer.weight", ("lm_head.weight",), ONE),
 )
-ONCE = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+ONCE = {r"^backbone\.embedding\.": "backbone.embeddings."}
 SIZES = (
     Field("vocab_size", "vocab_size"),
     Field("hidden_size", "hidden_size"),

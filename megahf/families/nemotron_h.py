@@ -209,7 +209,7 @@ NEMOTRON_H = Family(
     harmless=frozenset(UNUSED),
     remarks=remarks,
     pattern=pattern,
-    once={"backbone.embedding.weight": "backbone.embeddings.weight"},
+    once={r"^backbone\.embedding\.": "backbone.embeddings."},
     base="backbone.",
     ignored={r"mtp\..*": "heads for further tokens, which transformers leaves out, too"},
 )

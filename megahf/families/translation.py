@@ -10,7 +10,7 @@ from .. import arguments, bert
 from ..cuts import Config
 from ..errors import Problems, Refused, refuse
 from ..models.checks import check_experts
-from ..rows import is_bert, is_hybrid
+from ..rows import is_bert, is_hybrid, is_llava
 from .family import MISSING, Family, Field, Theirs
 from .megatron_bert import OTHERS
 from .sameness import differences
@@ -18,6 +18,7 @@ from .sameness import differences
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 EVALUATED = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 FOLDED = "layernorm_zero_centered_gamma"
+KEEP = "keep it a Megatron model: `--to hf`"
 
 
 def read_config(theirs: Theirs, family: Family, where: str | Path) -> tuple[Config, list[str]]:
@@ -26,6 +27,16 @@ def read_config(theirs: Theirs, family: Family, where: str | Path) -> tuple[Conf
     Raises:
         Refused: settings that are missing, or make another function than is computed here; all at once.
     """
+    made = completed(read_settings(theirs, family, where), family, theirs)
+    try:
+        check_experts(made)  # as the model class will
+    except ValueError as error:
+        raise refuse(str(error), where, "such a model cannot be built") from error
+    return made, sorted(set(theirs) - family.keys)
+
+
+def read_settings(theirs: Theirs, family: Family, where: str | Path) -> dict[str, Any]:
+    """The fields of ours that a config.json of `family` says."""
     problems, ours = Problems(), dict[str, Any](family.fixed)
     for key, values in family.constants.items():
         if key in theirs and theirs[key] not in values:
@@ -42,12 +53,7 @@ def read_config(theirs: Theirs, family: Family, where: str | Path) -> tuple[Conf
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             problems.add(f"{', '.join(settings.keys)}: {error}", where)
     problems.raise_if_any()
-    made = completed(ours, family, theirs)
-    try:
-        check_experts(made)  # as the model class will
-    except ValueError as error:
-        raise refuse(str(error), where, "such a model cannot be built") from error
-    return made, sorted(set(theirs) - family.keys)
+    return ours
 
 
 def value_of(row: Field, theirs: Theirs) -> Any:
@@ -80,31 +86,42 @@ def write_config(config: Config, family: Family) -> dict[str, Any]:
     """
     check_kind(config, family)
     model = SimpleNamespace(**{**vars(config), FOLDED: family.fixed.get(FOLDED, False)})  # folded into the weights
-    theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.name}
-    theirs |= {key: values[0] for key, values in family.constants.items()}
-    problems, remedy = Problems(), "keep it a Megatron model: `--to hf`"
+    theirs, problems = write_settings(model, family, f"--to {family.name}")
+    theirs = {"architectures": [family.architecture], "model_type": family.name, **theirs}
+    try:
+        again, _ = read_config(theirs, family, "config.json")
+    except Refused as error:
+        if not problems:  # which leave settings out
+            problems.add(str(error), f"--to {family.name}", KEEP)
+    else:
+        for name, mine, other in differences(model, again):
+            problems.add(f"{name} is {mine!r}, in {family.architecture} {other!r}", f"--to {family.name}", KEEP)
+    problems.raise_if_any()
+    return theirs
+
+
+def write_settings(model: Config, family: Family, where: str) -> tuple[dict[str, Any], Problems]:
+    """The settings of `family` that say what `model` is, and what they cannot say."""
+    theirs: dict[str, Any] = {key: values[0] for key, values in family.constants.items()}
+    problems = Problems()
     for row in family.fields:
         theirs[row.theirs] = row.write(getattr(model, row.ours, None))
     for settings in family.settings:
         try:
             theirs |= settings.write(model)
         except ValueError as error:
-            problems.add(str(error), f"--to {family.name}", remedy)
-    try:
-        again, _ = read_config(theirs, family, "config.json")
-    except Refused as error:
-        if not problems:  # which leave settings out
-            problems.add(str(error), f"--to {family.name}", remedy)
-    else:
-        for name, mine, other in differences(model, again):
-            problems.add(f"{name} is {mine!r}, in {family.architecture} {other!r}", f"--to {family.name}", remedy)
-    problems.raise_if_any()
-    return theirs
+            problems.add(str(error), where, KEEP)
+    return theirs, problems
 
 
 def check_kind(config: Config, family: Family) -> None:
     """Refuses a GPT as a family of hybrids, a BERT as either, and the other ways round: they have nothing in common."""
-    if is_bert(config) != family.bert:
+    if is_llava(config) != bool(family.vision):
+        kinds = {True: "one that takes images", False: "a model of text alone"}
+        fact = f"it is {kinds[is_llava(config)]}, {family.architecture} is {kinds[bool(family.vision)]}"
+    elif family.vision:
+        return  # its language model's family is asked this by itself
+    elif is_bert(config) != family.bert:
         kinds = {True: "a BERT, whose tokens see both ways", False: "a model that goes on with a text"}
         fact = f"it is {kinds[is_bert(config)]}, {family.architecture} is {kinds[family.bert]}"
     elif is_hybrid(config) and not family.pattern:
@@ -113,7 +130,7 @@ def check_kind(config: Config, family: Family) -> None:
         fact = f"it is a GPT, layers of {family.architecture} are of several kinds"
     else:
         return
-    raise refuse(fact, f"--to {family.name}", "keep it a Megatron model: `--to hf`")
+    raise refuse(fact, f"--to {family.name}", KEEP)
 
 
 def family_of(theirs: Theirs, families: dict[str, Family], where: Path) -> Family:

@@ -14,6 +14,7 @@ import numpy as np
 from megahf.checkpoint import open_checkpoint
 from megahf.discovery import marked, shapes_of
 from megahf.errors import refuse
+from megahf.judge.multimodal import SIZES
 from megahf.judge.namespace import data_parallel_size, recovered
 from megahf.judge.pool import Pool
 
@@ -154,6 +155,7 @@ class Bench:
         """
         checkpoint, size = open_checkpoint(written), known["args"]["vocab_size"]
         tokens, arguments = known["input_ids"].numpy(), recovered(marked(checkpoint.args, shapes_of(checkpoint)))
+        arguments |= {name: known["args"][name] for name in SIZES if name in known["args"]}
         found = self.logits(arguments, checkpoint.path, checkpoint.format, tokens, sharded=True)
         return float(np.abs(found[..., :size] - known["logits"].numpy()[..., :size]).max())
 

@@ -59,9 +59,7 @@ def derive(args: Namespace) -> None:
     if args.transformer_impl == "local" and args.spec in (MEGATRON, MAIN):  # which are for Transformer Engine alone
         args.spec = own_spec(UNFUSED if args.spec == MEGATRON else "own_stack_spec")
     if args.hybrid_layer_pattern is None:
-        del args.hybrid_layer_pattern
-        for name in BEFORE:
-            setattr(args, name, getattr(args, name, 0.0))
+        as_before(args)
         return
     args.is_hybrid_model = False  # a field of the config alone since then, which the builder sets
     stages = args.hybrid_layer_pattern.split("|")
@@ -69,6 +67,13 @@ def derive(args: Namespace) -> None:
     args.multi_latent_attention = args.multi_latent_attention or "+" in args.hybrid_layer_pattern
     virtual = len(stages) // args.pipeline_model_parallel_size
     args.virtual_pipeline_model_parallel_size = virtual if args.pipeline_model_parallel_size > 1 < virtual else None
+
+
+def as_before(args: Namespace) -> None:
+    """Without the argument that 0.16.1 does not have yet, with those it still has."""
+    del args.hybrid_layer_pattern
+    for name in BEFORE:
+        setattr(args, name, getattr(args, name, 0.0))
 
 
 def layers(args: Namespace) -> str:

@@ -28,6 +28,8 @@ SHARED = (
     (".self_attention.linear_q_up_proj.layer_norm_", ".self_attention.q_layernorm."),
     (".self_attention.linear_kv_up_proj.layer_norm_", ".self_attention.kv_layernorm."),
 )
+# Where InternViT-6B has heads of zeros, as many as the layout needs.
+DUMMY_HEADS = re.compile(r"vision_model\..*\.self_attention\.(linear_qkv|linear_proj|[qk]_layernorm)\.weight")
 EXTRA_STATE = re.compile(r".*\._extra_state\d*")  # one an expert in a grouped linear
 
 
@@ -73,6 +75,8 @@ def shared(models: list[GPTModel]) -> dict[str, Any]:
         for tensor in tensors.values():
             for theirs, common in SHARED:
                 tensor.key = tensor.key.replace(theirs, common)
+            if DUMMY_HEADS.fullmatch(tensor.key):
+                tensor.allow_shape_mismatch = True  # zeros where nothing is stored
     return state
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahf.judge import bert, hybrid, transformer_engine
+from megahf.judge import bert, hybrid, llava, transformer_engine
+from megahf.judge.multimodal import is_llava
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -105,6 +106,8 @@ def chunk(args: Namespace, made: TransformerConfig, first: bool, last: bool, sta
 
     if bert.is_bert(args):
         return bert.chunk(args, made, first, last, stage)
+    if is_llava(args):
+        return llava.chunk(args, made, first, last, stage)
     if hybrid.is_hybrid(args):
         return hybrid.chunk(args, made, first, last, stage)
     return GPTModel(
@@ -161,10 +164,13 @@ def mtp_spec(args: Namespace, made: TransformerConfig, stage: int | None) -> Any
 def logits(args: Namespace, models: list[GPTModel], input_ids: Tensor) -> Tensor | None:
     """Pipelined forward of `[b, s]` tokens: fp32 logits `[1 + heads, b, s, padded vocabulary]`, the next token's first.
 
-    None but on the last stage. Heads are those for further tokens (MTP). Of BERT it is what `bert.logits` gives.
+    None but on the last stage. Heads are those for further tokens (MTP). Of BERT and LLaVA it is what `bert.logits` and
+    `llava.logits` give.
     """
     if bert.is_bert(args):
         return bert.logits(args, models, input_ids)
+    if is_llava(args):
+        return llava.logits(args, models, input_ids)
     from megatron.core import parallel_state
 
     stages = args.pipeline_model_parallel_size

@@ -11,7 +11,7 @@ from megahf import run_arguments
 from megahf.arguments import defaults
 from megahf.bert import MARK
 from megahf.errors import refuse
-from megahf.judge import bert, hybrid
+from megahf.judge import bert, hybrid, llava, multimodal
 from megahf.run_arguments import data_parallel_size
 
 __all__ = ["data_parallel_size", "decoded", "defaults", "derive_run", "derive_sizes", "namespace", "plain", "recovered"]
@@ -25,23 +25,31 @@ def namespace(arguments: Mapping[str, Any]) -> Namespace:
     Raises:
         Refused: a name that no Megatron argument has.
     """
-    unknown = sorted(set(arguments) - set(defaults()) - set(hybrid.BEFORE) - {MARK})
+    unknown = sorted(set(arguments) - known())
     if unknown:
         raise refuse(f"not an argument of Megatron's: {', '.join(unknown)}", "", "see megahf/arguments.json")
-    args = Namespace(**{name: decoded(value) for name, value in {**defaults(), **arguments}.items()})
+    script = multimodal.defaults() if arguments.get("language_model_type") else {}
+    args = Namespace(**{name: decoded(value) for name, value in {**defaults(), **script, **arguments}.items()})
     derive_sizes(args)
     derive_run(args)
     bert.derive(args)
     hybrid.derive(args)
+    llava.derive(args)
     return args
+
+
+def known() -> set[str]:
+    """Names of arguments: of every run, of Megatron before, of its scripts, and what none of them says."""
+    script = (*multimodal.ARGUMENTS, *multimodal.SIZES, multimodal.PROJECTION)
+    return {*defaults(), *hybrid.BEFORE, *script, MARK}
 
 
 def recovered(stored: Mapping[str, Any]) -> dict[str, Any]:
     """What `namespace` takes of a stored Namespace: names of older Megatrons as they are now; foreign ones, and objects
     of classes that reading does not run, left out."""
     renamed = {RENAMED.get(name, name): value for name, value in stored.items()}
-    known = {*defaults(), *hybrid.BEFORE, MARK}
-    return {name: value for name, value in renamed.items() if name in known and run_arguments.is_plain(value)}
+    names = known()
+    return {name: value for name, value in renamed.items() if name in names and run_arguments.is_plain(value)}
 
 
 def decoded(value: object) -> object:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from megahf.judge import bert, hybrid
+from megahf.judge import bert, hybrid, multimodal
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -46,7 +46,7 @@ def save(args: Namespace, models: list[GPTModel], root: Path, format: str) -> No
 def common(args: Namespace) -> dict[str, Any]:
     """What every format holds beside the weights."""
     return {
-        "args": bert.as_stored(args),
+        "args": bert.as_stored(multimodal.as_stored(args)),
         "checkpoint_version": 3.0,
         "iteration": args.iteration,
         "num_floating_point_operations_so_far": 0,

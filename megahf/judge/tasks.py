@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megahf.judge import bert, cpu, hybrid, model, training, transformer_engine
+from megahf.judge import bert, cpu, hybrid, llava, model, training, transformer_engine
 from megahf.judge.load import LOADERS, load_weights, put, save_weights
+from megahf.judge.multimodal import is_llava
 from megahf.judge.namespace import namespace, plain
 from megahf.judge.save import save as write
 
@@ -66,9 +67,11 @@ def reference(arguments: Mapping[str, Any], out: Path, weights: Path | None, see
 
 
 def draw_tokens(args: Namespace, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Random tokens `[b, s]`; for BERT pairs of sentences, some of them padded."""
+    """Random tokens `[b, s]`; for BERT pairs of sentences, some of them padded; for LLaVA with images among them."""
     if bert.is_bert(args):
         return bert.tokens(args.vocab_size, shape, generator)
+    if is_llava(args):
+        return llava.tokens(args, generator, llava.mixed(args))
     return torch.randint(0, args.vocab_size, shape, generator=generator)
 
 
@@ -84,7 +87,10 @@ def prompts(args: Namespace, generator: torch.Generator) -> dict[str, dict[str, 
 
     `repeated`: one token all along, which sends all of them to the same experts in each layer where no position is in
     the embedding. `padded`: sequences of three lengths with padding at the right, which Megatron takes for tokens.
+    For LLaVA: images otherwise among the tokens, and none.
     """
+    if is_llava(args):
+        return llava.prompts(args, generator)
     if not (args.num_experts or args.multi_latent_attention or args.mtp_num_layers):
         return {}
     length = args.seq_length
@@ -108,6 +114,7 @@ def draw(whole: GPTModel, seed: int) -> None:
             value *= next((std for part, std in NARROW.items() if part in name), 1.2 / weight.shape[1] ** 0.5)
         weight.data.copy_(value)
     hybrid.draw(weights, generator)
+    llava.draw(weights)
 
 
 def is_weight(key: str, value: object) -> bool:

@@ -190,7 +190,7 @@ class RMSNorm(LayerNorm):
 
 
 class DotProductAttention(Module):
-    """Attention over `[s, b, heads, d]`, causal or over all keys but padding, with a window and a softmax's offset."""
+    """Attention over `[s, b, heads, d]`, causal, over all keys or all but padding; windows, and a softmax's offset."""
 
     def __init__(
         self,
@@ -213,13 +213,14 @@ class DotProductAttention(Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, attn_mask_type: str, **_: Any
     ) -> Tensor:
-        padding = attn_mask_type == "padding" and self.window == (-1, 0)
-        if not padding and (attn_mask_type != "causal" or attention_mask is not None):
+        everywhere = self.window == (-1, 0)
+        padding, free = (everywhere and attn_mask_type == kind for kind in ("padding", "no_mask"))
+        if not padding and ((attn_mask_type != "causal" and not free) or attention_mask is not None):
             raise ValueError(f"the stand-in for Transformer Engine has no {attn_mask_type} mask")
         length, batch, heads, _size = query.shape
         key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))  # [s, b, n, d]
         scores = torch.einsum("sbnd,tbnd->bnst", query, key) * self.scale  # [b, n, s, s]
-        hidden = attention_mask if padding else self.hidden(length)  # a padding mask: [b, 1, 1, s]
+        hidden = attention_mask if padding or free else self.hidden(length)  # a padding mask: [b, 1, 1, s]
         scores = scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
         if self.softmax_offset is not None:
             offset = self.softmax_offset.view(1, heads, 1, 1).expand(batch, heads, length, 1)

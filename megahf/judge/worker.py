@@ -82,7 +82,7 @@ def answer(
         value = TASKS[task](**arguments)
         torch.distributed.barrier()  # nobody leaves while another still talks to it
         return True, value
-    except Exception:
+    except BaseException:  # torch's CheckpointException is no Exception
         return False, traceback.format_exc()
     finally:
         if torch.distributed.is_initialized():

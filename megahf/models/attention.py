@@ -76,6 +76,8 @@ class Attention(nn.Module):
         Args:
             sinks: an extra logit for each head, `[n]`, or for each of their queries, `[n s]`.
         """
+        if layout is not None and layout.context is not None:
+            return layout.context.attend(query, key, value, self.scaling, self.sliding_window, sinks), None
         implementation = self.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         options = {
@@ -126,8 +128,8 @@ class SelfAttention(Attention):
         query, key, value, gate = self.project(hidden, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-            if layout is not None:  # of a prefill: a static cache is longer
-                key, value = key[:, :, : hidden.shape[1]], value[:, :, : hidden.shape[1]]
+            if layout is not None:
+                key, value = (layout.cut(x, hidden.shape[1]) for x in (key, value))
         out, weights = self.attend(query, key, value, attention_mask, layout, self.sinks(query), **kwargs)
         out = out.reshape(*hidden.shape[:-1], -1)  # [b, s, n d]
         if gate is not None:

@@ -134,6 +134,7 @@ class McoreGPTConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.1
     hidden_dropout: float | int = 0.1
     init_method_std: float | int = 0.02
+    loss_chunk_size: int | None = None  # in training no logits but so many tokens' at once; None: all, and returned
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -208,6 +209,8 @@ class McoreGPTConfig(PreTrainedConfig):
             at_least_one(name, getattr(self, name))
         for name in ("num_query_groups", "kv_channels", "max_position_embeddings"):
             at_least_one(name, getattr(self, name))
+        if self.loss_chunk_size is not None:
+            at_least_one("loss_chunk_size", self.loss_chunk_size)
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads cannot be shared out over {self.num_query_groups} "

@@ -2,8 +2,9 @@
 
 A mask over a sequence costs its square. A prefill does without: padding on the left is moved behind the tokens
 (where a causal query never looks) and back afterwards, padding on the right is there already, packed documents are
-attended one by one, a sliding window in bands. transformers' mask helpers serve the rest: decoding (one row of
-keys), chunks after a cache, masks with holes, and every implementation but `sdpa`.
+attended one by one, a sliding window in blocks, a chunk after a cache as a rectangle and a triangle (prefix.py).
+transformers' mask helpers serve the rest: decoding (a few rows of keys), compiled graphs where they must look at
+values, and every implementation but `sdpa`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from .block_attention import attend_blocks, causal_blocks
+from .context_parallel import ContextParallel, active
+from .prefix import Prefix, attend_after, prefix_of, stretches
+
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from transformers.configuration_utils import PreTrainedConfig
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+FEW = 64  # queries after a cache that take a mask, as one does: multi-latent attention then stays among its latents
+NARROW = 32  # a window of fewer tokens is attended in bands with a mask: its blocks would be many and small
 BAND = 1024  # queries a band of a sliding window holds at least: wide enough to keep a kernel busy
 SINK_CHANNELS = 8  # the sink's channel, and seven zeros that keep rows of bfloat16 aligned for fused kernels
 
@@ -33,11 +40,21 @@ class Layout(NamedTuple):
         order: `[b, s]`, for each place the token that moves there so that padding comes last; None: as they are.
         back: `[b, s]`, the way back.
         documents: lengths of packed documents over the flattened rows; None: a row is one document.
+        kept: `[b, s]`, False for padding, where a row may have padding between its tokens.
+        prefix: what came before a chunk of tokens; None: nothing.
+        context: with which ranks the sequence is shared; None: a row is here whole.
     """
 
     order: Tensor | None = None
     back: Tensor | None = None
     documents: list[int] | None = None
+    kept: Tensor | None = None
+    prefix: Prefix | None = None
+    context: ContextParallel | None = None
+
+    def cut(self, keys: Tensor, length: int) -> Tensor:
+        """A cache's `keys` `[b, g, k, d]` without the room a static one has behind its last `length` tokens."""
+        return keys[:, :, : length + (0 if self.prefix is None else self.prefix.past)]
 
 
 def plan(
@@ -57,6 +74,8 @@ def plan(
         position_ids: the caller's own `[b, s]`, None if there are none. Packed documents are seen by them: each
             starts at 0. Positions that only jump (a rank's part of a longer context) are no documents.
     """
+    if (context := active()) is not None:
+        return dict.fromkeys(types), {"layout": Layout(context=context)}
     if isinstance(attention_mask, dict):
         return {kind: attention_mask.get(kind) for kind in types}, {}
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -65,6 +84,8 @@ def plan(
     prefill = hidden.shape[1] > 1 and is_empty(past_key_values)
     positions = position_ids if prefill and attention_mask is None else None
     documents = packed_documents(positions, len(hidden))
+    if (layout := after_cache(config, hidden, attention_mask, past_key_values)) is not None:
+        return dict.fromkeys(types), {"layout": layout}
     maybe = positions is not None and torch.compiler.is_compiling()  # a compiled graph cannot look at positions
     if prefill and config._attn_implementation == "sdpa" and not maybe:
         layout = layout_of(attention_mask, hidden.shape[1]) if documents is None else Layout(documents=documents)
@@ -81,6 +102,19 @@ def plan(
     }
     masks = {kind: MASKS[kind](**arguments) for kind in types}
     return masks, {} if documents is None else varlen(documents, hidden.device)
+
+
+def after_cache(
+    config: PreTrainedConfig, hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+) -> Layout | None:
+    """The layout of a chunk of tokens `[b, s, h]` after a cache; None where it takes a mask, or there is no cache."""
+    length = hidden.shape[1]
+    if length < FEW or config._attn_implementation != "sdpa" or torch.compiler.is_compiling():
+        return None
+    if past_key_values is None or is_empty(past_key_values):
+        return None
+    prefix = prefix_of(attention_mask, int(past_key_values.get_seq_length()), length)
+    return None if prefix is None else Layout(prefix=prefix)
 
 
 def varlen(documents: list[int], device: torch.device) -> dict[str, Any]:
@@ -120,20 +154,18 @@ def within_documents(position_ids: Tensor) -> Tensor:
 
 
 def layout_of(attention_mask: Tensor | None, length: int) -> Layout | None:
-    """The layout of rows padded on the left or on the right; None where a mask must be built (holes in a row)."""
+    """The layout of rows with padding anywhere; None for a mask of another length."""
     if attention_mask is None:
         return Layout()
     if attention_mask.shape[-1] != length:
         return None
-    kept = attention_mask.bool()
+    kept, holes = attention_mask.bool(), True
     if not torch.compiler.is_compiling():  # a compiled graph cannot look into the mask: it always moves the tokens
-        runs = (kept[:, 1:] & ~kept[:, :-1]).sum(dim=-1) + kept[:, 0]  # stretches of tokens in each row
-        if runs.max() > 1:
-            return None
-        if bool(kept[:, 0].all()):
+        holes = bool(stretches(kept).max() > 1)
+        if not holes and bool(kept[:, 0].all()):
             return Layout()
     order = torch.argsort(~kept, dim=-1, stable=True)
-    return Layout(order, torch.argsort(order, dim=-1))
+    return Layout(order, torch.argsort(order, dim=-1), kept=kept if holes else None)
 
 
 def attend(
@@ -148,21 +180,36 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`sdpa` attention over a mask or a layout: `[b, n, s, d]` to `[b, s, n, d]`."""
+    scaling, window = options["scaling"], options["sliding_window"]
+    in_blocks = not options["dropout"] and not torch.compiler.is_compiling()
 
-    def causal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         if sinks is not None:
             return with_sink(interface, module, query, key, value, mask, sinks, **options)
         return interface(module, query, key, value, mask, **options)[0]
 
+    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = query.shape[2]
+        if window is None or length <= window:
+            return masked(query, key, value)
+        if in_blocks and window >= NARROW:
+            return attend_blocks(query, key, value, causal_blocks(0, length, 0, window), scaling, sinks)
+        return banded(masked, query, key, value, window)
+
     if layout is None:
-        return causal(query, key, value, mask), None
-    window = options["sliding_window"]
+        return masked(query, key, value, mask), None
+    if (prefix := layout.prefix) is not None:
+        if in_blocks and (window is None or not prefix.holes):
+            return attend_after(query, key, value, prefix, window, scaling, sinks), None
+        return banded(masked, query, key, value, window, prefix.kept), None
     if layout.documents is not None:
-        return by_document(causal, query, key, value, layout.documents, window), None
+        return by_document(causal, query, key, value, layout.documents), None
+    if layout.kept is not None and window is not None and query.shape[2] > window:
+        return banded(masked, query, key, value, window, layout.kept), None
     if layout.order is None or layout.back is None:
-        return banded(causal, query, key, value, window), None
+        return causal(query, key, value), None
     query, key, value = (permute(x.transpose(1, 2), layout.order).transpose(1, 2) for x in (query, key, value))
-    return permute(banded(causal, query, key, value, window), layout.back), None
+    return permute(causal(query, key, value), layout.back), None
 
 
 def permute(x: Tensor, order: Tensor) -> Tensor:
@@ -170,29 +217,45 @@ def permute(x: Tensor, order: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
-def by_document(
-    causal: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None
-) -> Tensor:
+def by_document(causal: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
     """Each packed document attends to itself; rows are laid end to end, so `lengths` add up to b s."""
     rows, _, length, _ = query.shape
     flat = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value)]  # [1, heads, b s, d]
     documents = zip(*(x.split(lengths, dim=2) for x in flat), strict=True)
-    outs = [banded(causal, q, k, v, window) for q, k, v in documents]
+    outs = [causal(q, k, v) for q, k, v in documents]
     return torch.cat(outs, dim=1).unflatten(1, (rows, length)).squeeze(0)
 
 
-def banded(causal: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Causal attention, in bands of queries where a window is shorter than the sequence: s x window, never s x s."""
-    length = query.shape[2]
-    if window is None or length <= window:
-        return causal(query, key, value)
+def banded(
+    masked: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Causal attention in bands of queries, each with a mask: of a window s x window at most, never s x s.
+
+    Args:
+        key, value: as many as queries or, of those before a chunk too, more.
+        kept: `[b, k or more]`, False for padding; its last are the keys'. Padding sees itself, lest it see nothing.
+    """
+    length, held = query.shape[2], key.shape[2]
     outs = []
-    for start in range(0, length, max(window, BAND)):
-        end, first = min(start + max(window, BAND), length), max(0, start - window + 1)
-        queries = torch.arange(start, end, device=query.device)[:, None]
-        keys = torch.arange(first, end, device=query.device)
-        mask = (keys <= queries) & (keys > queries - window)
-        outs.append(causal(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], mask[None, None]))
+    for start in range(0, length, max(window or 0, BAND)):
+        end = min(start + max(window or 0, BAND), length)
+        first = 0 if window is None else max(0, held - length + start - window + 1)
+        queries = torch.arange(held - length + start, held - length + end, device=query.device)[:, None]
+        keys = torch.arange(first, held - length + end, device=query.device)
+        seen = keys <= queries  # [band, keys]
+        if window is not None:
+            seen = seen & (keys > queries - window)
+        mask = seen[None, None]
+        if kept is not None:
+            mask = mask & kept[:, None, None, kept.shape[-1] - held :][..., first : first + len(keys)]
+            mask = mask | (keys == queries)
+        here = slice(first, first + len(keys))
+        outs.append(masked(query[:, :, start:end], key[:, :, here], value[:, :, here], mask))
     return torch.cat(outs, dim=1)
 
 

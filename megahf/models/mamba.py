@@ -92,8 +92,9 @@ class MambaMixer(nn.Module):
 
     def mix(self, hidden: Tensor, states: States, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         conv_state, state = states
+        conv, scan = rows.recurrence(self.conv1d, ssd_scan)
         z, xBC, dt = self.in_proj(self.in_proj_layernorm(hidden)).split(self.widths, dim=-1)
-        xBC, conv_state = self.conv1d(xBC, conv_state, rows.seq_idx, rows.mask)
+        xBC, conv_state = conv(xBC, conv_state, rows.seq_idx, rows.mask)
         x, B, C = xBC.split(self.convolved, dim=-1)
         heads, groups = (self.heads, self.head_dim), (self.groups, self.state_dim)
         x, B, C = x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
@@ -105,7 +106,7 @@ class MambaMixer(nn.Module):
             y = ssd_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, gate, dt_bias=self.dt_bias)[:, None]
         else:
             options = {"state": state, "seq_idx": rows.seq_idx, "mask": rows.mask, "chunk_size": self.chunk_size}
-            y, state = ssd_scan(x, dt, A, B, C, D, gate, dt_bias=self.dt_bias, **options)
+            y, state = scan(x, dt, A, B, C, D, gate, dt_bias=self.dt_bias, **options)
         y = y.flatten(2)  # [b, s, h p]
         return self.out_proj(y if self.norm is None else self.norm(y, z)), (conv_state, state)
 

@@ -66,13 +66,14 @@ class Mamba1Mixer(nn.Module):
 
     def mix(self, hidden: Tensor, states: States, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         conv_state, state = states
+        conv, scan = rows.recurrence(self.conv1d, selective_scan)
         x, z = self.in_proj(self.in_proj_layernorm(hidden)).chunk(2, dim=-1)  # [b, s, d]
-        x, conv_state = self.conv1d(x, conv_state, rows.seq_idx, rows.mask)
+        x, conv_state = conv(x, conv_state, rows.seq_idx, rows.mask)
         dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
         dt, A = self.dt_proj(dt), -torch.exp(upcast(self.A_log))
         if hidden.shape[1] == 1 and state is not None and rows.mask is None and not torch.is_grad_enabled():
             y = selective_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0])[:, None]
         else:
             options: dict[str, Any] = {"state": state, "seq_idx": rows.seq_idx, "mask": rows.mask}
-            y, state = selective_scan(x, dt, A, B, C, self.D, z, **options)
+            y, state = scan(x, dt, A, B, C, self.D, z, **options)
         return self.out_proj(y), (conv_state, state)

@@ -70,8 +70,10 @@ class MLASelfAttention(Attention):
         query, key = self.project(hidden, *position_embeddings)
         if past_key_values is not None:
             key = self.remember(key, past_key_values)
-            if layout is not None:  # of a prefill: a static cache is longer
-                key = key[:, :, : hidden.shape[1]]
+            if layout is not None:
+                key = layout.cut(key, hidden.shape[1])
+        if layout is not None and layout.context is not None:
+            key = layout.context.latents(key)
         form = self.absorbed if self.absorbs(query.shape[2], key.shape[2], attention_mask) else self.expanded
         out, weights = form(query, key, attention_mask, layout, **kwargs)  # [b, s, n, v]
         return self.linear_proj(out.flatten(2)), weights

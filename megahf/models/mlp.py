@@ -67,14 +67,18 @@ class MLP(nn.Module):
     Args:
         width: of the hidden layer (of each half, if gated).
         normed: whether the norm is in here, as it is in Transformer Engine's layers, or before the module.
+        input_size: channels that come in, if not hidden_size, which go out.
     """
 
-    def __init__(self, config: McoreGPTConfig, width: int, bias: bool, normed: bool) -> None:
+    def __init__(
+        self, config: McoreGPTConfig, width: int, bias: bool, normed: bool, input_size: int | None = None
+    ) -> None:
         super().__init__()
         self.activation = Activation(config)
         rows = (2 if config.gated_linear_unit else 1) * width
-        self.linear_fc1_layernorm = build_norm(config, config.hidden_size) if normed else nn.Identity()
-        self.linear_fc1 = nn.Linear(config.hidden_size, rows, bias=bias)  # gate | up
+        channels = input_size or config.hidden_size
+        self.linear_fc1_layernorm = build_norm(config, channels) if normed else nn.Identity()
+        self.linear_fc1 = nn.Linear(channels, rows, bias=bias)  # gate | up
         self.linear_fc2 = ResidualLinear(width, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:

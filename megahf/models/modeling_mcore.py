@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping, regist
 from transformers.core_model_loading import WeightRenaming
 
 from .attention import CoreAttention
+from .context_parallel import unknown_to_torchs, whole_rows_only
 from .mlp import ResidualLinear
 from .moe import EXPERTS_IMPLEMENTATION, Experts, SharedExperts
 from .norm import LayerNorm, RMSNorm
@@ -63,6 +64,13 @@ class McorePreTrainedModel(SharedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias"]
+    _supports_context_parallel = True
+
+    @property
+    def supports_context_parallel(self) -> bool:
+        """Whether torch's own context parallelism, which accelerate's `cp_size` is, is right of this model."""
+        whole = any(whole_rows_only in module._forward_pre_hooks.values() for module in self.modules())
+        return self._supports_context_parallel and not whole and not unknown_to_torchs(self)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention
 from .configuration_mcore_bert import McoreBertConfig
+from .context_parallel import whole_rows_only
 from .modeling_mcore import NORMS, McorePreTrainedModel, register_names
 from .modeling_mcore_gpt import Embedding, TransformerBlock
 from .norm import build_norm
@@ -131,6 +132,7 @@ class McoreBertModel(McoreBertPreTrainedModel):
         self.encoder = TransformerBlock(config)
         self.pooler = Pooler(config) if (config.add_binary_head if pooling is None else pooling) else None
         self.post_init()
+        self.register_forward_pre_hook(whole_rows_only)
 
     @capture_outputs
     def forward(

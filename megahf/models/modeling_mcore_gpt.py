@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention
+from .chunked_loss import CHUNK, check_loss, chunked_loss
 from .configuration_mcore import McoreGPTConfig
-from .layout import is_empty, plan
+from .context_parallel import ContextParallel, active, not_in_torchs, whole_rows_only
+from .layout import FEW, is_empty, plan
 from .modeling_mcore import EXPERTS, NORMS, PREFIXES, McorePreTrainedModel, register_names
 from .mtp import MTPOutput, MultiTokenPrediction, head_losses
 from .mtp_generation import MTPCandidateGenerator
@@ -149,9 +151,15 @@ class McoreGPTModel(McoreGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        words = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # [b, s, h]
+        if (context := active()) is not None:
+            given = {**kwargs, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            position_ids = context.enter(self, words, position_ids, given)
+            attention_mask, use_cache = None, False
+        else:
+            not_in_torchs(self)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        words = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # [b, s, h]
         positions = self.positions(words, past_key_values) if position_ids is None else position_ids
         hidden = self.embedding(words, positions)
         masks, layout = plan(
@@ -205,6 +213,7 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         output_mtp_logits: bool = False,
         output_last_hidden_state: bool = False,
         **kwargs: Any,
@@ -219,40 +228,79 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
 
         Args:
             logits_to_keep: compute only the last so many positions (0: all), or those of an index `[k]`.
+            skip_logits: return the loss without the logits, of which there are `loss_chunk_size` tokens' at once.
+                None: in training, if the configuration gives that size.
             output_mtp_logits: also each head's, as `mtp_logits` (see `MTPOutput`); needs whole sequences, no cache.
             output_last_hidden_state: also the model's hidden states `[b, s, h]`, after its final norm.
         """
         heads = self.heads_to_run(labels, output_mtp_logits, past_key_values)
+        skip = self.skips_logits(labels, skip_logits)
+        if (context := active()) is not None:
+            context.check(use_cache, heads is not None)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.to_logits(outputs.last_hidden_state[:, kept, :])  # [b, k, V]
-        loss = None
+        logits = None if skip else self.to_logits(outputs.last_hidden_state[:, kept, :])  # [b, k, V]
+        loss: Tensor | None = None
+        share: Tensor | float = 1.0
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        share = 1.0 if labels is None else share_of_step(labels, **kwargs)
+            share, targets = share_of_step(labels, **kwargs), kwargs
+            if context is not None:
+                share, targets = self.context_targets(context, input_ids, labels, kwargs)
+            loss = self.language_loss(outputs.last_hidden_state, logits, labels=labels, **targets)
         output = as_output(outputs, logits, loss, share)
+        if context is not None:
+            output = context.leave(self, output)
         if output_last_hidden_state:
             output = MTPOutput(**output, last_hidden_state=outputs.last_hidden_state)
         if heads is None:
             return output
         tokens, given = (input_ids, inputs_embeds), (attention_mask, position_ids)
         states, aux_losses = heads.run(self.model, *tokens, outputs.last_hidden_state, *given, **kwargs)
-        further = [self.to_logits(state) for state in states]  # [b, s, V] each
-        output = MTPOutput(**output, mtp_logits=tuple(further) if output_mtp_logits else None)
+        further = [None if skip and not output_mtp_logits else self.to_logits(state) for state in states]  # [b, s, V]
+        output = MTPOutput(**output, mtp_logits=tuple(cast("list[Tensor]", further)) if output_mtp_logits else None)
         if labels is not None and self.training:
-            output.mtp_loss = head_losses(self.loss_function, further, labels, *given, **kwargs)
+            output.mtp_loss = head_losses(self.language_loss, states, further, labels, *given, **kwargs)
             mtp_loss = output.mtp_loss.mean() * self.config.mtp_loss_scaling_factor
             aux_loss = sum(aux.to(mtp_loss.device) for aux in aux_losses)
             output.loss = output.loss + (mtp_loss + aux_loss) * share
             output.aux_loss = output.aux_loss + aux_loss if aux_losses else output.aux_loss
         return output
 
+    def context_targets(
+        self, context: ContextParallel, input_ids: Tensor | None, labels: Tensor, call: dict[str, Any]
+    ) -> tuple[Tensor | float, dict[str, Any]]:
+        """As `ContextParallel.targets`; for models some of whose tokens are no targets, whatever `labels` say."""
+        return context.targets(labels, call)
+
     def to_logits(self, hidden: Tensor) -> Tensor:
         """`[b, s, h]` to `[b, s, V]`."""
         logits = self.output_layer(hidden)
         return logits if self.config.mup_output_mult == 1.0 else logits * self.config.mup_output_mult
+
+    def skips_logits(self, labels: Tensor | None, asked: bool | None) -> bool:
+        """Whether there is to be a loss and no logits."""
+        skip = self.training and self.config.loss_chunk_size is not None if asked is None else asked
+        if not skip or (labels is None and asked is None):
+            return False
+        if labels is None:
+            raise ValueError("skip_logits without labels leaves nothing to return: give labels")
+        check_loss(self.loss_function)
+        return True
+
+    def language_loss(self, hidden: Tensor, logits: Tensor | None, **targets: Any) -> Tensor:
+        """The mean cross entropy of `logits` `[b, s, V]`, or where there are none of hidden states `[b, s, h]`.
+
+        Args:
+            targets: labels and what else transformers' loss functions take.
+        """
+        if logits is None:
+            targets |= {"multiplier": self.config.mup_output_mult, "chunk": self.config.loss_chunk_size or CHUNK}
+            loss = chunked_loss(self.output_layer, hidden, **targets)
+        else:
+            loss = self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **targets)
+        return loss if (context := active()) is None else context.sum(loss)
 
     def heads_to_run(
         self, labels: Tensor | None, output_mtp_logits: bool, past_key_values: Cache | None
@@ -288,22 +336,24 @@ class McoreGPTForCausalLM(McoreGPTPreTrainedModel, GenerationMixin):
         A rank or a device has its share of heads, and latents are not shaped as keys and values both.
         """
         devices = set((getattr(self, "hf_device_map", None) or {}).values())
-        if self.config.multi_latent_attention or (self._tp_size or 1) > 1 or len(devices) > 1:
+        config = self.config.get_text_config()  # its own, or a part of a multimodal model's
+        if config.multi_latent_attention or (self._tp_size or 1) > 1 or len(devices) > 1:
             return None
-        return self.config.num_query_groups, self.config.kv_channels
+        return config.num_query_groups, config.kv_channels
 
     @staticmethod
     def create_masks_for_generate(
         attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
     ) -> Tensor | dict[str, Tensor] | None:
-        """Masks that `generate` prepares for a static cache: none for a prefill, which goes without."""
-        if kwargs["inputs_embeds"].shape[1] > 1 and is_empty(past_key_values):
+        """Masks that `generate` prepares for a static cache: none for a prefill, nor its chunks, which go without."""
+        length = kwargs["inputs_embeds"].shape[1]
+        if length >= FEW or (length > 1 and is_empty(past_key_values)):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
 
 
 def as_output(
-    outputs: BaseModelOutputWithPast | MoeOutput, logits: Tensor, loss: Tensor | None, share: Tensor | float
+    outputs: BaseModelOutputWithPast | MoeOutput, logits: Tensor | None, loss: Tensor | None, share: Tensor | float
 ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
     """The causal model's output from its base model's; auxiliary losses join the loss by their `share` of the step."""
     common = {
@@ -343,6 +393,7 @@ class McoreGPTForSequenceClassification(GenericForSequenceClassification, McoreG
         self.model = self.build_body()
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+        self.register_forward_pre_hook(whole_rows_only)
 
 
 class McoreGPTForTokenClassification(GenericForTokenClassification, McoreGPTPreTrainedModel):
@@ -355,6 +406,7 @@ class McoreGPTForTokenClassification(GenericForTokenClassification, McoreGPTPreT
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+        self.register_forward_pre_hook(whole_rows_only)
 
 
 class McoreGPTForQuestionAnswering(GenericForQuestionAnswering, McoreGPTPreTrainedModel):
@@ -368,6 +420,7 @@ class McoreGPTForQuestionAnswering(GenericForQuestionAnswering, McoreGPTPreTrain
         self.model = self.build_body()
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+        self.register_forward_pre_hook(whole_rows_only)
 
 
 register_names("mcore_gpt", *PREFIXES, *NORMS, *EXPERTS)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .configuration_mcore_hybrid import McoreHybridConfig
 from .conv import CausalConv1d
 from .hybrid_stack import HybridStack, MambaLayer
-from .layout import MASKS, is_empty
+from .layout import FEW, MASKS, is_empty
 from .mamba import GatedRMSNorm, MambaMixer
 from .mamba1 import Mamba1Mixer
 from .mlp import ResidualLinear
@@ -153,12 +153,12 @@ class McoreHybridForCausalLM(McoreHybridPreTrainedModel, McoreGPTForCausalLM):
     def create_masks_for_generate(
         attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
     ) -> Tensor | dict[str, Any] | None:
-        """Masks that `generate` prepares for a static cache: none for a prefill, which goes without.
+        """Masks that `generate` prepares for a static cache: none for a prefill, nor its chunks, which go without.
 
         transformers' own function gives up where there are layers that need no mask.
         """
         config, length = kwargs["config"], kwargs["inputs_embeds"].shape[1]
-        if length > 1 and is_empty(past_key_values):
+        if length >= FEW or (length > 1 and is_empty(past_key_values)):
             return attention_mask
         call = {name: kwargs.get(name) for name in ("config", "inputs_embeds", "position_ids")}
         call |= {"attention_mask": attention_mask, "past_key_values": past_key_values}

@@ -9,7 +9,7 @@ is computed as megatron-core 0.16.1 does (`transformer/multi_token_prediction.py
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -198,8 +198,9 @@ def roll(x: Tensor, ends: Tensor, filling: Tensor | int) -> Tensor:
 
 
 def head_losses(
-    loss_function: Callable[..., Tensor],
-    logits: list[Tensor],
+    language_loss: Callable[..., Tensor],
+    states: list[Tensor],
+    logits: Sequence[Tensor | None],
     labels: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
@@ -209,15 +210,17 @@ def head_losses(
     """Each head's mean cross entropy over the tokens it has to predict, `[heads]`; 0 for one that has none.
 
     Args:
-        logits: `[b, s, V]` of each head.
+        language_loss: of hidden states and of logits, or None for these.
+        states: `[b, s, h]` of each head.
+        logits: `[b, s, V]` of each head, or None.
         labels: a token's own `[b, s]`, as transformers gives them; or shifted, what follows it, `shift_labels`.
     """
     following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shift_labels is None else shift_labels
     losses = []
-    for predicted, targets in zip(logits, head_targets(following, attention_mask, position_ids), strict=False):
+    given = head_targets(following, attention_mask, position_ids)
+    for hidden, predicted, targets in zip(states, logits, given, strict=False):
         count = (targets != IGNORED).sum().clamp(min=1)
-        shape = {"vocab_size": predicted.shape[-1], "num_items_in_batch": count}
-        losses.append(loss_function(logits=predicted, labels=None, shift_labels=targets, **shape))
+        losses.append(language_loss(hidden, predicted, labels=None, shift_labels=targets, num_items_in_batch=count))
     return torch.stack(losses)
 
 

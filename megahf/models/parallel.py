@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
@@ -11,9 +11,6 @@ from transformers.modeling_utils import PreTrainedModel
 from .attention import SelfAttention
 from .mla import MLASelfAttention
 from .moe import Experts
-
-if TYPE_CHECKING:
-    from .configuration_mcore import McoreGPTConfig
 
 
 class SharedModel(PreTrainedModel):
@@ -34,7 +31,7 @@ class SharedModel(PreTrainedModel):
             )
         model = super().maybe_distribute_model(model, distributed_config, *args)
         for module in model.modules():
-            check_share(module, model.config)
+            check_share(module)
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -53,14 +50,14 @@ class SharedModel(PreTrainedModel):
         return {name: tensor for name, tensor in gathered.items() if name not in tied}
 
 
-def check_share(module: nn.Module, config: McoreGPTConfig) -> None:
+def check_share(module: nn.Module) -> None:
     """Each process has whole heads; and, where experts have biases, equal parts of each expert (see `Experts`)."""
     if isinstance(module, SelfAttention):
-        check_even("num_query_groups", config.num_query_groups, module.linear_qkv.weight)
+        check_even("num_query_groups", module.config.num_query_groups, module.linear_qkv.weight)
     elif isinstance(module, MLASelfAttention):
-        check_even("num_attention_heads", config.num_attention_heads, module.linear_kv_up_proj.weight)
+        check_even("num_attention_heads", module.config.num_attention_heads, module.linear_kv_up_proj.weight)
     elif isinstance(module, Experts) and module.has_bias:
-        check_even("moe_ffn_hidden_size", config.moe_ffn_hidden_size, module.down_proj)
+        check_even("moe_ffn_hidden_size", module.config.moe_ffn_hidden_size, module.down_proj)
 
 
 def check_even(name: str, number: int, weight: Tensor) -> None:

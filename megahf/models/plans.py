@@ -45,8 +45,14 @@ def attention_plan(config: McoreGPTConfig) -> dict[str, str]:
     return {f"self_attention.{name}": style for name, style in plan.items()}
 
 
-def mlp_plan(config: McoreGPTConfig, prefix: str = "mlp.") -> dict[str, str]:
-    """A gated fc1 is cut in each half of `gate | up`."""
+def mlp_plan(config: McoreGPTConfig, prefix: str = "mlp.", biased: bool | None = None) -> dict[str, str]:
+    """A gated fc1 is cut in each half of `gate | up`; with a bias not at all, since none of the styles cuts that so.
+
+    Args:
+        biased: whether the matrices have biases; None: as the configuration says.
+    """
+    if config.gated_linear_unit and (config.add_bias_linear if biased is None else biased):
+        return {}
     columns = "packed_colwise" if config.gated_linear_unit else "colwise"
     return {f"{prefix}linear_fc1": columns, f"{prefix}linear_fc2": "rowwise"}
 
@@ -59,7 +65,7 @@ def experts_plan(config: McoreGPTConfig) -> dict[str, str]:
         plan["gate_up_proj_bias"] = "packed_rowwise" if gated else "rowwise"
     plan = {"mlp.experts": "moe_tp_experts", **{f"mlp.experts.{name}": style for name, style in plan.items()}}
     shared = config.moe_shared_expert_intermediate_size
-    return plan | (mlp_plan(config, "mlp.shared_experts.") if shared else {})
+    return plan | (mlp_plan(config, "mlp.shared_experts.", biased=False) if shared else {})
 
 
 def expert_parallel_plan(config: McoreGPTConfig) -> dict[str, str]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv import upcast
+from .context_parallel import ContextParallel, active
+from .context_recurrence import Scan
+from .conv import CausalConv1d, upcast
 from .layout import permute
 
 if TYPE_CHECKING:
@@ -33,12 +35,18 @@ class Rows(NamedTuple):
         back: `[b, s]`, the way back.
         mask: `[b, s]`, False for padding, in the new order.
         seq_idx: `[b, s]`, which packed document a token is of, growing.
+        context: with which ranks the sequence is shared; None: a row is here whole.
     """
 
     order: Tensor | None = None
     back: Tensor | None = None
     mask: Tensor | None = None
     seq_idx: Tensor | None = None
+    context: ContextParallel | None = None
+
+    def recurrence(self, convolution: CausalConv1d, scan: Scan) -> tuple[Callable[..., tuple[Tensor, Tensor]], Scan]:
+        """A mixer's convolution and scan, over the slices of all ranks if there are some."""
+        return (convolution, scan) if self.context is None else self.context.recurrence(convolution, scan)
 
 
 def rows_of(attention_mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, fresh: bool) -> Rows:
@@ -50,6 +58,8 @@ def rows_of(attention_mask: Tensor | None, position_ids: Tensor | None, hidden: 
         hidden: embeddings `[b, s, h]`.
         fresh: whether no token came before; only then are there packed documents.
     """
+    if (context := active()) is not None:
+        return Rows(context=context)
     rows, length = hidden.shape[:2]
     if length == 1:  # of decoding: never padding
         return Rows()
@@ -109,6 +119,9 @@ def walk(
         rows: as `rows_of` made them; None: a row is one sequence.
     """
     rows = rows or Rows()
+    if rows.context is not None:
+        out, rows.context.states[layer_idx] = mix(hidden, (None, None), rows)
+        return out
     if rows.order is not None:
         hidden = permute(hidden, rows.order)
     states = recall(past_key_values, layer_idx)
@@ -117,7 +130,8 @@ def walk(
         span = CPU_SPAN if hidden.device.type == "cpu" and not torch.compiler.is_compiling() else SPAN
     outs = []
     for start in range(0, hidden.shape[1], span):
-        here = Rows(*(t if t is None else t[:, start : start + span] for t in rows))
+        order, back, mask, seq_idx = (t if t is None else t[:, start : start + span] for t in rows[:4])
+        here = Rows(order, back, mask, seq_idx)
         if start and rows.seq_idx is not None:
             states = kept(states, rows.seq_idx[:, start - 1] == rows.seq_idx[:, start])
         out, left = mix(hidden[:, start : start + span], states, here)

@@ -76,5 +76,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, losses: list[Tensor], **kwargs: 
     if not isinstance(out, tuple):
         return out
     hidden, statistics = out
+    if (layout := kwargs.get("layout")) is not None and layout.context is not None:
+        statistics = layout.context.sum(statistics)
     losses.append(cast("MoELayer", layer.mlp).router.auxiliary_loss(statistics))
     return hidden

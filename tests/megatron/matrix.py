@@ -21,7 +21,12 @@ from typing import NamedTuple
 import torch
 from cases import Case, thorough
 from cases_hybrid import thorough as thorough_hybrids
+from cases_llava import LlavaCase
+from cases_llava import thorough as thorough_llavas
+from cases_llava import thorough_journeys as thorough_llava_journeys
 from compare import APART, check
+from compare_llava import check as check_llava
+from journeys import Journey
 from journeys import thorough as thorough_journeys
 
 import megahf
@@ -49,17 +54,17 @@ def run(cases: list[Case]) -> Iterator[Outcome]:
             wrong = ""
             try:
                 sharded = bench.save(case.arguments, out, case.format, case.extra_state)
-                ours = check(out)
+                ours = check_llava(out) if isinstance(case, LlavaCase) else check(out)
             except (Failed, Refused, AssertionError, RuntimeError) as error:
                 wrong = str(error).strip().splitlines()[-1]
             yield Outcome(case, sharded, ours, time.monotonic() - began, wrong)
             shutil.rmtree(out, ignore_errors=True)
 
 
-def travel() -> Iterator[Outcome]:
+def travel(journeys: list[Journey]) -> Iterator[Outcome]:
     """Each journey: written by Megatron, by megahf for another layout, loaded by Megatron, compared, and deleted."""
     with Bench(size=8) as bench, tempfile.TemporaryDirectory(prefix="megahf-matrix-") as folder:
-        for journey in thorough_journeys():
+        for journey in journeys:
             began, out, there = time.monotonic(), Path(folder) / "checkpoint", Path(folder) / "there"
             sharded = ours = None
             wrong = ""
@@ -117,9 +122,12 @@ def main() -> int:
     parser.add_argument("--journeys", action="store_true", help="what megahf writes, instead of what it reads")
     parser.add_argument("--kind", action="append", help="only cases of this kind; may be given again")
     options = parser.parse_args()
-    cases = [case for case in (*thorough(), *thorough_hybrids()) if not options.kind or case.kind in options.kind]
+    every = (*thorough(), *thorough_hybrids(), *thorough_llavas())
+    cases = [case for case in every if not options.kind or case.kind in options.kind]
+    ways = (*thorough_journeys(), *thorough_llava_journeys()) if options.journeys else ()
+    journeys = [journey for journey in ways if not options.kind or journey.source.kind in options.kind]
     outcomes = []
-    for outcome in travel() if options.journeys else run(cases):
+    for outcome in travel(journeys) if options.journeys else run(cases):
         outcomes.append(outcome)
         print(f"{len(outcomes)} {outcome.case} {outcome.wrong or 'equal'}", flush=True)
     options.record.parent.mkdir(parents=True, exist_ok=True)
