@@ -96,6 +96,9 @@ def plan_for(
     else:
         checkpoint = open_checkpoint(source)
         size = tokenizer_size(Path(tokenizer), added_tokens(checkpoint.args)) if tokenizer else None
+        if size is not None and true_vocab_size is not None and true_vocab_size < size:
+            what = f"the tokenizer has ids up to {size - 1}, {true_vocab_size} rows are asked for"
+            raise refuse(what, str(tokenizer), f"leave --true-vocab-size out, or give at least {size}")
         plan = build(
             checkpoint, dtype=dtype, true_vocab_size=true_vocab_size, tokenizer_size=size, keep_padding=keep_padding
         )

@@ -11,6 +11,7 @@ import torch
 from small import GPT2, assert_same, fingerprint, megahf, rewrite, tensors, write_torch, write_torch_dist
 
 from megahf import convert, execute
+from megahf.errors import Refused
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -136,6 +137,14 @@ def test_a_tokenizer_settles_the_vocabulary_and_goes_along(tmp_path: Path) -> No
     from transformers import PreTrainedTokenizerFast
 
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")("w3 w4 <end>")["input_ids"] == [3, 4, 49]
+
+
+def test_a_tokenizer_of_more_tokens_than_rows_asked_for_is_refused(tmp_path: Path) -> None:
+    write_torch(tmp_path / "ckpt", vocab_size=64)
+    write_tokenizer(tmp_path / "tokenizer", 50)
+    with pytest.raises(Refused, match="the tokenizer has ids up to 49, 49 rows are asked for"):
+        convert(tmp_path / "ckpt", tmp_path / "hf", tokenizer=tmp_path / "tokenizer", true_vocab_size=49)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_vocabulary_that_was_asked_for_wins_over_the_args(tmp_path: Path) -> None:
