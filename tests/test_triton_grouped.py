@@ -194,3 +194,16 @@ def test_compiled_for_a_gpu_nothing_spills_and_tensor_cores_multiply(architectur
     if dtype == torch.bfloat16:
         assert all(kernel.multiplies for kernel in kernels), kernels
         assert sum(kernel.newest for kernel in kernels) == (5 if architecture == 80 else 3), kernels
+
+
+@pytest.mark.parametrize(("architecture", "columns"), [(80, 64), (90, 128), (100, 128), (120, 64)])
+def test_gated_tiles_are_wide_where_there_is_shared_memory_for_them(
+    monkeypatch: pytest.MonkeyPatch, architecture: int, columns: int
+) -> None:
+    """The RTX of sm_120 comes after sm_100, and has less than half of what that has."""
+    seen: list[dict[str, int]] = []
+    monkeypatch.setattr(triton_grouped, "architecture", lambda device: architecture)
+    monkeypatch.setattr(triton_grouped, "launch", lambda *launched, **options: seen.append(options))
+    x, weight, ends = inputs([512], 128, 64, torch.bfloat16)
+    multiply_rows(x, weight, ends, ends, ends, 128, rows=512, act="silu", gated=True)
+    assert seen[0]["N"] == columns

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from megahf.models import kernel_choice  # noqa: E402
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have; sm_86 has what 80 is given
 MULTIPLIES = r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync"  # what tensor cores do, in PTX
 NEWEST = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MOST_SPILLS = 16
@@ -135,6 +135,7 @@ class Launched:
         registers: of a thread, at most 255.
         spills: instructions that move registers to memory or back.
         shared: bytes of shared memory a program.
+        room: how many it can have.
         multiplies: instructions of tensor cores.
         atomics: instructions whose results depend on the order of programs.
         newest: whether tensor cores are driven as the architecture would have it; those before sm_90 have one way.
@@ -144,6 +145,7 @@ class Launched:
     registers: int
     spills: int
     shared: int
+    room: int
     multiplies: int
     atomics: int
     newest: bool
@@ -151,7 +153,7 @@ class Launched:
     @property
     def fits(self) -> bool:
         """Whether it can be launched, keeps its values in registers, and gives the same bits each time."""
-        return self.shared <= min(SHARED_MEMORY.values()) and self.spills <= MOST_SPILLS and not self.atomics
+        return self.shared <= self.room and self.spills <= MOST_SPILLS and not self.atomics
 
 
 class Driver:
@@ -212,6 +214,7 @@ def measured(kernel: CompiledKernel) -> Launched:
         1 + max(map(int, registers)),
         len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
         kernel.metadata.shared,
+        SHARED_MEMORY[kernel.metadata.target.arch],
         len(re.findall(MULTIPLIES, kernel.asm["ptx"])),
         len(re.findall(r"\b(?:RED|ATOMG?)\b", instructions)),
         NEWEST[kernel.metadata.target.arch] in kernel.asm["ptx"],

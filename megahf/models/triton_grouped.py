@@ -17,6 +17,7 @@ from .triton_conv import dense, rowwise
 from .triton_route import LEAST, cut_tiles, most_tiles
 
 ACTIVATIONS = ("silu", "quick_gelu", "gelu", "gelu_tanh", "squared_relu")
+ROOMY = (90, 100)  # architectures whose programs have 227 KiB of shared memory; on 86, 89 and 120 it is 99
 TOGETHER = 8  # tiles of rows that read the same columns of a matrix one after the other, while they are in the cache
 
 
@@ -231,7 +232,7 @@ def multiply_rows(
         launch(rows_kernel, (programs,), *tensors, *numbers, **fixed, **options)
 
     arch = architecture(x.device)
-    wide = not gated or (block > 64 and arch > 80 and x.dtype != torch.float32)
+    wide = not gated or (block > 64 and arch in ROOMY and x.dtype != torch.float32)
     key = ("gated_rows" if gated else "grouped_rows", arch, size(x.dtype, block, (inner, columns)))
     run(options_for(key, options_of(key[-1], wide), run=run))
     return out, pre
