@@ -17,6 +17,7 @@ try:
 except Exception:  # not installed, or built against another torch, which may raise anything
     causal_conv1d_fn = None
 
+CPU_BLOCK = 128  # tokens that go through at once on the CPU, without gradients: they stay in the cache
 OFFSETS = 2**31  # elements beyond which the 32-bit offsets of foreign kernels overflow
 
 
@@ -85,6 +86,9 @@ def causal_conv1d(
         return triton_conv1d(x, weight, bias, state, seq_idx, None if mask is None else mask.sum(dim=-1))
     rows, length, channels = x.shape
     before = x.new_zeros(rows, width, channels) if state is None else state.transpose(1, 2).to(x.dtype)
+    plain = mask is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if plain and x.device.type == "cpu" and length > CPU_BLOCK:
+        return by_blocks(before, x, weight, bias, seq_idx)
     window = torch.cat((before, x), dim=1)  # [b, w + s, c]
     if mask is None:
         after = window[:, -width:]
@@ -94,22 +98,43 @@ def causal_conv1d(
     documents = None if seq_idx is None else torch.cat((seq_idx[:, :1].expand(-1, width), seq_idx), dim=1)
     if packaged:
         return kernel(window, weight, bias, documents)[:, width:], after.transpose(1, 2)
+    return convolve(window, weight, bias, documents).to(x.dtype), after.transpose(1, 2)
 
+
+def by_blocks(
+    before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` after the inputs `before` `[b, w, c]`, some tokens at a time: what is read stays in the cache."""
+    out, width = x.new_empty(x.shape), weight.shape[-1]
+    documents = None if seq_idx is None else torch.cat((seq_idx[:, :1].expand(-1, width), seq_idx), dim=1)
+    for start in range(0, x.shape[1], CPU_BLOCK):
+        end = start + CPU_BLOCK
+        window = torch.cat((before, x[:, start:end]), dim=1)
+        seen = None if documents is None else documents[:, start : end + width]
+        out[:, start:end] = convolve(window, weight, bias, seen)
+        before = window[:, -width:]
+    return out, before.transpose(1, 2)
+
+
+def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    """The outputs `[b, s, c]` of the last s inputs of `window` `[b, w + s, c]`, at least float32."""
+    width = weight.shape[-1]
+    length = window.shape[1] - width
     shifted = [upcast(window[:, 1 + tap : 1 + tap + length]) for tap in range(width)]
     if documents is not None:
         same = [documents[:, 1 + tap : 1 + tap + length] == documents[:, width:] for tap in range(width)]
         shifted = [inputs * here[..., None] for inputs, here in zip(shifted, same, strict=True)]
-    return weigh(shifted, weight, bias).to(x.dtype), after.transpose(1, 2)
+    return weigh(shifted, weight, bias)
 
 
 def weigh(shifted: Iterable[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """`silu` of the weighted sum of a token's inputs `[..., c]`, the oldest first."""
-    taps = upcast(weight[:, 0]).t()  # [w, c]
+    taps = upcast(weight[:, 0]).t().contiguous()  # [w, c]; strided, they would keep the loops from being vectorised
     first, *rest = shifted
     out = first * taps[0] if bias is None else torch.addcmul(upcast(bias), first, taps[0])
     for inputs, tap in zip(rest, taps[1:], strict=True):
         out.addcmul_(inputs, tap)
-    return F.silu(out)
+    return F.silu(out, inplace=not torch.is_grad_enabled())
 
 
 def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
