@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from megahf.models import conv, state_space
+
 LENGTH = 512  # and 1024; longer than twice any width of the models
 SIZES: dict[str, Any] = {"vocab_size": 600, "max_position_embeddings": 2 * LENGTH + 8, "loss_chunk_size": 64}
 WINDOW: dict[str, Any] = {"window_size": [63, 0], "window_attn_skip_freq": 2}
@@ -164,6 +166,13 @@ def watched(model: PreTrainedModel, case: Any) -> tuple[dict[str, float], set[st
         if size > max(FEW, GROWTH * short.largest.get(op, 0))
     }
     return grown, short.squares | long.squares, short.masks | long.masks
+
+
+@pytest.fixture(autouse=True)
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixers go over both lengths in several spans, as they do over long ones: else an op of theirs is in one alone."""
+    monkeypatch.setattr(state_space, "CPU_SPAN", 64)
+    monkeypatch.setattr(conv, "CPU_BLOCK", 32)
 
 
 @pytest.mark.parametrize("name", MODELS)

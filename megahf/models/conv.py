@@ -84,10 +84,10 @@ def causal_conv1d(
     packaged = causal_conv1d_fn is not None and may_run("packages") and kernel_fits(x, width)
     if not packaged and width in WIDTHS and takes(x, weight, bias, state):
         return triton_conv1d(x, weight, bias, state, seq_idx, None if mask is None else mask.sum(dim=-1))
-    rows, length, channels = x.shape
+    rows, _, channels = x.shape
     before = x.new_zeros(rows, width, channels) if state is None else state.transpose(1, 2).to(x.dtype)
     plain = mask is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if plain and x.device.type == "cpu" and length > CPU_BLOCK:
+    if plain and x.device.type == "cpu":
         return by_blocks(before, x, weight, bias, seq_idx)
     window = torch.cat((before, x), dim=1)  # [b, w + s, c]
     if mask is None:
